@@ -1,0 +1,1 @@
+"""What exists: frozen rows with their sources, and no logic."""

@@ -1,0 +1,133 @@
+"""Model sizes that are known by name; any other directory or hub id is loaded as it is.
+
+Names of the fields are Hugging Face's own (`GPT2Config`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """One GPT-2 shape.
+
+    `hub_id` is None where no pretrained weights exist. `recipe_defaults` are the recipe values that
+    this row changes (a model trained from scratch wants another learning rate than a pretrained one).
+    """
+
+    name: str
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_positions: int
+    vocab_size: int
+    hub_id: str | None
+    source: str
+    recipe_defaults: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def num_parameters(self) -> int:
+        """Exact count with the tied head: token and position embeddings, blocks, last LayerNorm.
+
+        >>> MODELS["gpt2"].num_parameters, MODELS["gpt2-xl"].num_parameters
+        (124439808, 1557611200)
+        """
+        d = self.n_embd
+        embeddings = (self.vocab_size + self.n_positions) * d
+        return embeddings + self.n_layer * (12 * d * d + 13 * d) + 2 * d
+
+
+_FROM_SCRATCH = MappingProxyType(
+    {
+        "init": "scratch",
+        "tokenizer": "train",
+        "max_length": 256,
+        "learning_rate": 3e-3,
+        "dropout": 0.1,
+        "global_batch_tokens": 4096,
+        "weight_decay": 0.1,
+        "epochs": 6.0,
+    }
+)
+
+_HUB = "huggingface.co/openai-community"
+
+_ROWS = (
+    ModelSpec(
+        name="gpt2-tiny",
+        n_layer=4,
+        n_head=4,
+        n_embd=128,
+        n_positions=512,
+        vocab_size=4096,
+        hub_id=None,
+        source="ours: trains in a minute on two CPU cores",
+        recipe_defaults=_FROM_SCRATCH,
+    ),
+    ModelSpec(
+        name="gpt2-mini",
+        n_layer=6,
+        n_head=8,
+        n_embd=256,
+        n_positions=512,
+        vocab_size=8192,
+        hub_id=None,
+        source="ours: an hour of AG News on two CPU cores",
+        recipe_defaults=MappingProxyType(
+            {**_FROM_SCRATCH, "learning_rate": 2e-3, "tokenizer_vocab_size": 8192}
+        ),
+    ),
+    ModelSpec(
+        name="distilgpt2",
+        n_layer=6,
+        n_head=12,
+        n_embd=768,
+        n_positions=1024,
+        vocab_size=50257,
+        hub_id="distilbert/distilgpt2",
+        source="huggingface.co/distilbert/distilgpt2 config.json",
+    ),
+    ModelSpec(
+        name="gpt2",
+        n_layer=12,
+        n_head=12,
+        n_embd=768,
+        n_positions=1024,
+        vocab_size=50257,
+        hub_id="openai-community/gpt2",
+        source=f"{_HUB}/gpt2 config.json",
+    ),
+    ModelSpec(
+        name="gpt2-medium",
+        n_layer=24,
+        n_head=16,
+        n_embd=1024,
+        n_positions=1024,
+        vocab_size=50257,
+        hub_id="openai-community/gpt2-medium",
+        source=f"{_HUB}/gpt2-medium config.json",
+    ),
+    ModelSpec(
+        name="gpt2-large",
+        n_layer=36,
+        n_head=20,
+        n_embd=1280,
+        n_positions=1024,
+        vocab_size=50257,
+        hub_id="openai-community/gpt2-large",
+        source=f"{_HUB}/gpt2-large config.json",
+    ),
+    ModelSpec(
+        name="gpt2-xl",
+        n_layer=48,
+        n_head=25,
+        n_embd=1600,
+        n_positions=1024,
+        vocab_size=50257,
+        hub_id="openai-community/gpt2-xl",
+        source=f"{_HUB}/gpt2-xl config.json",
+    ),
+)
+
+MODELS: Mapping[str, ModelSpec] = MappingProxyType({row.name: row for row in _ROWS})

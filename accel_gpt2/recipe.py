@@ -1,0 +1,346 @@
+"""What the user chose: one flat, frozen recipe, read strictly and written back exactly.
+
+A launched process reads one file, the resolved recipe, which is stored beside the results.
+"""
+
+import dataclasses
+import json
+import os
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from accel_gpt2.catalog.models import MODELS
+from accel_gpt2.errors import UsageError, nearest
+
+ENVIRONMENT_PREFIX = "ACCEL_GPT2_"
+
+Init = Literal["pretrained", "scratch"]
+MixedPrecision = Literal["no", "fp16", "bf16"]
+Finetuning = Literal["full", "lora"]
+Optimizer = Literal["adamw", "adamw_8bit", "adafactor"]
+Schedule = Literal["cosine", "linear", "constant"]
+Priors = Literal["training", "uniform"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainRecipe:
+    """Everything that changes a result, and below it what changes only how the run goes.
+
+    Lengths and batches are in tokens of the model's own tokenizer, BOS and EOS included. One model
+    is trained per class; `max_steps` and `epochs` are per class.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True, "allow_inf_nan": False}
+
+    # The model.
+    model: str = "gpt2"
+    init: Init = "pretrained"
+    tokenizer: str = "auto"  # auto: the model's own; train: a BPE of the training split; or a path
+    tokenizer_vocab_size: Annotated[int, Ge(258)] = 4096  # read only when tokenizer is "train"
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
+    fused_gelu: bool = True  # gelu_pytorch_tanh for gelu_new: the same function, fused
+
+    # The data.
+    dataset: str = "imdb"
+    text_field: str = "auto"
+    label_field: str = "auto"
+    class_names: tuple[str, ...] = ()  # in label order; empty: from the data set
+    train_split: str = "train"
+    test_split: str = "test"
+    validation_fraction: Annotated[float, Gt(0), Le(0.5)] = 0.1  # of the training split
+    validation_documents: Annotated[int, Ge(2)] = 2000  # at most
+    train_documents_per_class: Annotated[int, Ge(1)] | None = None  # at most; None: all
+    max_length: Annotated[int, Ge(3)] = 1024
+    priors: Priors = "training"
+
+    # What is trained.
+    finetuning: Finetuning = "full"
+    lora_rank: Annotated[int, Ge(1)] = 16
+    lora_alpha: Annotated[float, Gt(0)] = 32.0
+    lora_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    lora_target_modules: tuple[str, ...] = ()  # empty: every linear layer of the blocks
+
+    # How it is optimized.
+    epochs: Annotated[float, Gt(0)] = 3.0
+    max_steps: Annotated[int, Ge(1)] | None = None
+    global_batch_tokens: Annotated[int, Ge(1)] | None = 8192  # document tokens, padding not counted
+    global_batch_size: Annotated[int, Ge(1)] | None = None  # documents; in place of the tokens
+    optimizer: Optimizer = "adamw"
+    learning_rate: Annotated[float, Gt(0)] = 5e-5
+    min_learning_rate_fraction: Annotated[float, Ge(0), Le(1)] = 0.1
+    lr_schedule: Schedule = "cosine"
+    warmup_fraction: Annotated[float, Ge(0), Lt(1)] = 0.05
+    weight_decay: Annotated[float, Ge(0)] = 0.01
+    adam_beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
+    adam_beta2: Annotated[float, Ge(0), Lt(1)] = 0.95
+    adam_epsilon: Annotated[float, Gt(0)] = 1e-8
+    max_grad_norm: Annotated[float, Ge(0)] = 1.0  # 0: no clipping
+    mixed_precision: MixedPrecision = "no"
+    seed: Annotated[int, Ge(0), Lt(2**31)] = 0
+    evaluate_every_steps: Annotated[int, Ge(1)] | None = None  # None: at the end of every epoch
+
+    # How the run goes; results change by rounding at most.
+    profile: str = "auto"
+    micro_batch_tokens: Annotated[int, Ge(1)] = 4096  # padded tokens that go through at once
+    gradient_checkpointing: bool = False
+    loss_chunk_tokens: Annotated[int, Ge(1)] = 1024  # rows of logits that exist at once
+    checkpoint_every_steps: Annotated[int, Ge(1)] | None = None  # None: at every evaluation
+    keep_checkpoints: Annotated[int, Ge(1)] = 2  # the last N; the best one is kept besides
+    log_every_steps: Annotated[int, Ge(1)] = 10
+    max_time_seconds: Annotated[float, Gt(0)] | None = None
+    price_usd_per_hour: Annotated[float, Ge(0)] | None = None
+    trackers: tuple[str, ...] = ("tensorboard",)
+
+
+FIELDS: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(TrainRecipe))
+
+# A run may go on with another value of these: nothing but rounding changes.
+RUN_FIELDS: frozenset[str] = frozenset(FIELDS[FIELDS.index("profile") :])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """Some recipe values and where they come from, for instance `--learning-rate` or a file."""
+
+    origin: str
+    values: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedRecipe:
+    """A recipe, and for each field the origin of its value ("default", a file, an option, ...)."""
+
+    recipe: TrainRecipe
+    origins: Mapping[str, str]
+
+
+def resolve(layers: Sequence[Layer]) -> ResolvedRecipe:
+    """Lay values over one another, later layers first in right, and check the outcome.
+
+    Between the defaults and `layers` stands what the chosen model's catalog row says. All problems
+    are reported at once.
+
+    Raises:
+        UsageError: for unknown keys, values of a wrong type or range, and contradictions.
+
+    >>> resolved = resolve([Layer(origin="--model", values={"model": "gpt2-tiny"})])
+    >>> resolved.recipe.init, resolved.origins["init"], resolved.origins["seed"]
+    ('scratch', 'model gpt2-tiny', 'default')
+    """
+    problems: list[str] = []
+    for layer in layers:
+        problems += [f"{layer.origin}: {text}" for text in _unknown_keys(layer.values)]
+    if problems:
+        raise UsageError("\n".join(problems))
+
+    model = next((x.values["model"] for x in reversed(layers) if "model" in x.values), None)
+    model = TrainRecipe().model if model is None else model
+    row = MODELS.get(model) if isinstance(model, str) else None
+    rows = [] if row is None else [Layer(origin=f"model {model}", values=row.recipe_defaults)]
+
+    values: dict[str, object] = dataclasses.asdict(TrainRecipe())
+    origins = dict.fromkeys(FIELDS, "default")
+    for layer in [*rows, *layers]:
+        given = dict(layer.values)
+        batch_keys = [k for k in ("global_batch_tokens", "global_batch_size") if given.get(k)]
+        if len(batch_keys) == 2:
+            problems.append(
+                f"{layer.origin}: global_batch_tokens and global_batch_size are both given; "
+                "give one of them."
+            )
+        elif batch_keys:
+            other = {"global_batch_tokens", "global_batch_size"} - set(batch_keys)
+            given[other.pop()] = None
+        values.update(given)
+        origins.update(dict.fromkeys(given, layer.origin))
+    if problems:
+        raise UsageError("\n".join(problems))
+    return ResolvedRecipe(recipe=_validated(values, origins), origins=origins)
+
+
+def _unknown_keys(values: Mapping[str, object]) -> list[str]:
+    return [
+        f"{key!r} is not a recipe key.{nearest(str(key), FIELDS)}"
+        for key in values
+        if key not in FIELDS
+    ]
+
+
+def _validated(values: Mapping[str, object], origins: Mapping[str, str]) -> TrainRecipe:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        # As JSON, because only there strict reading takes a mapping for a dataclass.
+        text = json.dumps(values, default=str)
+        recipe = TypeAdapter(TrainRecipe).validate_json(text)
+    except ValidationError as error:
+        raise UsageError(
+            "\n".join(_sentence(dict(problem), origins) for problem in error.errors())
+        ) from None
+    problems = _contradictions(recipe)
+    if problems:
+        raise UsageError("\n".join(problems))
+    return recipe
+
+
+def _sentence(problem: dict[str, Any], origins: Mapping[str, str]) -> str:
+    key = str(problem["loc"][0])
+    need = problem["msg"].replace("Input should be", "it should be").rstrip(".")
+    return f"{key} = {problem['input']!r} (from {origins.get(key, 'the file')}): {need}."
+
+
+def _contradictions(recipe: TrainRecipe) -> list[str]:
+    problems = []
+    if recipe.global_batch_tokens is None and recipe.global_batch_size is None:
+        problems.append("global_batch_tokens and global_batch_size are both empty; give one.")
+    row = MODELS.get(recipe.model)
+    if row is not None and recipe.max_length > row.n_positions:
+        problems.append(
+            f"max_length = {recipe.max_length}: {row.name} has {row.n_positions} positions; "
+            f"give --max-length {row.n_positions} or less."
+        )
+    if row is not None and row.hub_id is None and recipe.init == "pretrained":
+        problems.append(
+            f"init = 'pretrained': {row.name} has no pretrained weights; give --init scratch."
+        )
+    if recipe.tokenizer == "train" and recipe.init == "pretrained":
+        problems.append(
+            "tokenizer = 'train' with init = 'pretrained': pretrained weights know only their own "
+            "tokens; give --init scratch, or --set tokenizer=auto."
+        )
+    if recipe.finetuning == "lora" and recipe.init == "scratch":
+        problems.append(
+            "finetuning = 'lora' with init = 'scratch': an adapter on random weights learns next "
+            "to nothing; give --finetuning full, or a pretrained model."
+        )
+    return problems
+
+
+def read_layer(path: Path) -> Layer:
+    """The values of a recipe file, YAML or JSON by its suffix; every key may be left out.
+
+    Raises:
+        UsageError: when the file is missing, is not text, does not parse or is not one mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"The recipe {path} does not exist.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The recipe {path} cannot be read: {error}.") from None
+    return Layer(origin=str(path), values=_parse_mapping(text, path))
+
+
+def _parse_mapping(text: str, path: Path) -> dict[str, object]:
+    try:
+        if path.suffix == ".json":
+            content = json.loads(text)
+        else:
+            import yaml
+
+            content = yaml.safe_load(text)
+    except ValueError as error:
+        raise UsageError(f"The recipe {path} is not JSON: {error}.") from None
+    except Exception as error:  # yaml.YAMLError, named without importing yaml for a JSON file
+        reason = " ".join(str(error).split())
+        raise UsageError(f"The recipe {path} is not YAML: {reason}.") from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise UsageError(
+            f"The recipe {path} holds a {type(content).__name__}; it should hold lines of "
+            "`key: value`."
+        )
+    # An unquoted `mixed_precision: no` is a YAML 1.1 boolean.
+    if content.get("mixed_precision") is False:
+        content["mixed_precision"] = "no"
+    return {str(key): value for key, value in content.items()}
+
+
+def environment_layer(environment: Mapping[str, str] = os.environ) -> Layer:
+    """Recipe values from variables such as `ACCEL_GPT2_LEARNING_RATE`.
+
+    Variables with the prefix that are no recipe key (ACCEL_GPT2_DATA, ACCEL_GPT2_CACHE, ...) belong
+    to others and are left alone.
+
+    >>> dict(environment_layer({"ACCEL_GPT2_SEED": "3", "ACCEL_GPT2_DATA": "/data"}).values)
+    {'seed': 3}
+    """
+    values = {
+        key: parse_value(key, environment[ENVIRONMENT_PREFIX + key.upper()])
+        for key in FIELDS
+        if ENVIRONMENT_PREFIX + key.upper() in environment
+    }
+    return Layer(origin="the environment (ACCEL_GPT2_...)", values=values)
+
+
+def assignments_layer(assignments: Sequence[str]) -> Layer:
+    """The values of `--set key=value`, each given as a string.
+
+    Raises:
+        UsageError: when an assignment has no `=`.
+
+    >>> dict(assignments_layer(["trackers=tensorboard,wandb", "max_steps=none"]).values)
+    {'trackers': ('tensorboard', 'wandb'), 'max_steps': None}
+    """
+    values: dict[str, object] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise UsageError(f"--set {assignment}: it should be key=value, as in --set seed=1.")
+        key = key.strip().replace("-", "_")
+        values[key] = parse_value(key, text.strip())
+    return Layer(origin="--set", values=values)
+
+
+def parse_value(key: str, text: str) -> object:
+    """A value typed as text, in the type of the recipe's key; what does not parse stays text.
+
+    The strict reader then says what is wrong with it. `none` empties an optional key; a tuple is
+    written with commas.
+    """
+    kind = typing.get_type_hints(TrainRecipe).get(key)
+    if kind is None:
+        return text
+    if text.lower() in {"none", "null"} and type(None) in typing.get_args(kind):
+        return None
+    if typing.get_origin(kind) is tuple:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    number = int in (kind, *typing.get_args(kind)) or float in (kind, *typing.get_args(kind))
+    if not number:
+        return text
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return text
+
+
+def to_yaml(recipe: TrainRecipe) -> str:
+    """The recipe as a file that `read_layer` reads back to an equal one.
+
+    >>> "mixed_precision: 'no'" in to_yaml(TrainRecipe())
+    True
+    """
+    import yaml
+
+    values = dataclasses.asdict(recipe)
+    plain = {key: list(x) if isinstance(x, tuple) else x for key, x in values.items()}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def result_differences(old: TrainRecipe, new: TrainRecipe) -> dict[str, tuple[object, object]]:
+    """The keys that change the result and have another value: key -> (old, new)."""
+    return {
+        key: (getattr(old, key), getattr(new, key))
+        for key in FIELDS
+        if key not in RUN_FIELDS and getattr(old, key) != getattr(new, key)
+    }
