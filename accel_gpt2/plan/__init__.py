@@ -1,0 +1,1 @@
+"""What would happen: arithmetic on a recipe and a machine, without torch and without I/O."""
