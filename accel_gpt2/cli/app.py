@@ -1,0 +1,50 @@
+"""The command line: one file per verb, put together here; what is heavy loads when a verb runs."""
+
+from typing import Annotated
+
+import typer
+
+import accel_gpt2
+from accel_gpt2.cli.demo import demo
+from accel_gpt2.cli.doctor import doctor
+from accel_gpt2.cli.errors import plain_app, run
+from accel_gpt2.cli.evaluate import evaluate
+from accel_gpt2.cli.options import DebugOption, train_command
+from accel_gpt2.cli.output import print_line
+from accel_gpt2.cli.predict import predict
+from accel_gpt2.cli.profiles import profiles
+from accel_gpt2.cli.report import report
+from accel_gpt2.cli.train import start_training
+
+app = plain_app(name="accel-gpt2", no_args_is_help=True)
+
+
+def _show_version(show: bool) -> None:
+    if show:
+        print_line(f"accel-gpt2 {accel_gpt2.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Per-class GPT-2 language models as text classifiers: train, evaluate, predict."""
+
+
+app.command()(demo)
+app.command()(profiles)
+app.command()(train_command(start_training))
+app.command()(evaluate)
+app.command()(predict)
+app.command()(report)
+app.command()(doctor)
+
+
+def main() -> None:
+    """The console script `accel-gpt2`."""
+    run(app)

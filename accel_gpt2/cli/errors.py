@@ -1,0 +1,98 @@
+"""How a command ends: every exception becomes one text and one exit code, here and nowhere else."""
+
+import os
+import sys
+import traceback
+
+import typer
+
+from accel_gpt2.cli.output import is_main_process, say
+from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
+
+_show_traceback = False
+
+
+def show_tracebacks(show: bool) -> None:
+    """`--debug`: unexpected and expected failures come with their traceback."""
+    global _show_traceback
+    _show_traceback = show
+
+
+def outcome(error: BaseException | None) -> tuple[int, str]:
+    """The exit code of a command that ended with `error`, and the text for the person.
+
+    >>> outcome(None), outcome(UserError("The folder x does not exist."))
+    ((0, ''), (1, 'The folder x does not exist.'))
+    >>> outcome(ZeroDivisionError("division by zero"))[1]
+    'ZeroDivisionError: division by zero. Run again with --debug for the traceback.'
+    """
+    match error:
+        case None:
+            return ExitCode.DONE, ""
+        case UserError() | StoppedEarly():
+            return int(error.exit_code), str(error)
+        case KeyboardInterrupt():
+            return ExitCode.INTERRUPTED, "Interrupted."
+        case typer.Exit():
+            return error.exit_code, ""
+        case SystemExit():
+            code = error.code
+            return (code, "") if isinstance(code, int) else (0 if code is None else 1, str(code))
+        case _:
+            text = " ".join(str(error).split()).rstrip(".")
+            name = type(error).__name__
+            reason = f"{name}: {text}" if text else name
+            return ExitCode.FAILED, f"{reason}. Run again with --debug for the traceback."
+
+
+def plain_app(name: str | None = None, *, no_args_is_help: bool = False) -> typer.Typer:
+    """A Typer application whose failures come to `run`, and whose help reads well at any width.
+
+    Typer's panels cut long option names at 80 columns and cost 0.1 s; plain help does neither.
+    """
+    return typer.Typer(
+        name=name,
+        no_args_is_help=no_args_is_help,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+
+
+def run(app: typer.Typer) -> None:
+    """Run a command line to its end, and leave with its exit code.
+
+    The text of a failure goes to stderr. Of several launched processes only the first one prints
+    what all of them have met; an unexpected failure is printed by whoever has it.
+    """
+    show_tracebacks(False)
+    try:
+        app()
+    except SystemExit as exit_:
+        code = outcome(exit_)[0]
+    except BaseException as error:
+        code = _report(error)
+    sys.exit(_after_flush(code))
+
+
+def _report(error: BaseException) -> int:
+    code, text = outcome(error)
+    expected = isinstance(error, UserError | StoppedEarly | KeyboardInterrupt)
+    if not expected and not is_main_process():
+        sys.stderr.write(f"Process {os.environ.get('RANK', '?')}: {text}\n")
+    elif not isinstance(error, StoppedEarly):
+        say(text, style="red")
+    else:
+        say(text)
+    if _show_traceback and (is_main_process() or not expected):
+        traceback.print_exception(error)
+    return code
+
+
+def _after_flush(code: int) -> int:
+    # A reader that has gone away (`| head`) is no failure of ours, and no reason to complain.
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code

@@ -1,0 +1,106 @@
+"""`evaluate`: score held-out documents, compare with the baseline, write the report."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from accel_gpt2.cli.errors import plain_app, run
+from accel_gpt2.cli.options import DebugOption, JsonOption, QuietOption, RunArgument
+from accel_gpt2.cli.output import is_main_process, print_json, print_table, say
+from accel_gpt2.cli.run_directory import require_run
+
+
+def evaluate(
+    run_directory: RunArgument,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Another data set with the same classes. [default: the run's own]"),
+    ] = None,
+    split: Annotated[str, typer.Option(help="The split whose documents are scored.")] = "test",
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Classify the test documents with Bayes' rule; compare with TF-IDF.
+
+    Writes evaluation/ with scores, metrics and the report into the run directory. Scores that are
+    there already are not computed again.
+    """
+    metrics, report = evaluate_and_report(run_directory, dataset=dataset, split=split, quiet=quiet)
+    if not is_main_process():
+        return
+    if json:
+        print_json(metrics)
+    else:
+        show_metrics(metrics)
+    say(f"Report: {report}")
+
+
+def evaluate_and_report(
+    run_directory: Path, *, dataset: str | None, split: str, quiet: bool
+) -> tuple[Mapping[str, Any], Path | None]:
+    """The metrics, and where the report is; only the main process of several writes one.
+
+    Raises:
+        UserError: when the path is no run directory, the run has no trained models, or the data is
+            not to be had.
+    """
+    require_run(run_directory)
+    from accel_gpt2.classify.evaluate import evaluate_run
+
+    metrics = evaluate_run(run_directory, dataset=dataset, split=split, quiet=quiet)
+    if not is_main_process():
+        return metrics, None
+    from accel_gpt2.report import write_report
+
+    return metrics, write_report(run_directory)
+
+
+def show_metrics(metrics: Mapping[str, Any]) -> None:
+    """Data: the accuracy table, with the baseline and the majority class beside the classifier."""
+    baseline = metrics.get("baseline") or {}
+    print_table(
+        {
+            "": "left",
+            "accuracy": "right",
+            "95% interval": "left",
+            "macro-F1": "right",
+            "NLL": "right",
+            "ECE": "right",
+        },
+        [
+            _row("GPT-2 per class", {**metrics, **_calibration_metrics(metrics)}),
+            _row(str(baseline.get("name") or "TF-IDF + LR"), baseline),
+            _row("majority class", {"accuracy": metrics.get("majority_class_accuracy")}),
+        ],
+    )
+
+
+def _calibration_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    calibrated = metrics.get("calibrated") or {}
+    return {key: calibrated.get(key) for key in ("nll", "ece")}
+
+
+def _row(name: str, values: Mapping[str, Any]) -> list[str]:
+    interval = values.get("accuracy_interval_95")
+    return [
+        name,
+        _number(values.get("accuracy")),
+        "" if interval is None else f"{interval[0]:.3f} - {interval[1]:.3f}",
+        _number(values.get("macro_f1")),
+        _number(values.get("nll")),
+        _number(values.get("ece")),
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def launched_main() -> None:
+    """The whole of `launch/evaluate.py`."""
+    app = plain_app()
+    app.command()(evaluate)
+    run(app)

@@ -1,0 +1,278 @@
+"""Starting a trainer through `accelerate launch`, and staying with it until it has saved.
+
+The trainer says how it ended in the run directory's `status.json`, because launchers turn every
+failure into 1. Signals go to the trainer alone: it finishes its step and saves, while a launcher
+that is hit by the same signal dies at once or kills what it started.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+from accel_gpt2.catalog.profiles import HardwareProfile
+from accel_gpt2.cli.errors import outcome
+from accel_gpt2.cli.output import is_main_process
+from accel_gpt2.cli.run_directory import (
+    RECIPE_FILE,
+    STATUS_FILE,
+    TRAINER_FILE,
+    running_trainer,
+    write_atomically,
+)
+from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
+
+ACCELERATE_FILE = "accelerate.yaml"
+COMMAND_FILE = "command.txt"
+
+_KILLING_INTERRUPTS = 3  # Ctrl-C: 1 saves and stops, 2 stops, 3 kills a trainer that hangs
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """A command, and the run directory in which its trainer works."""
+
+    argv: tuple[str, ...]
+    run_directory: Path
+
+    @property
+    def line(self) -> str:
+        """The command as one types it."""
+        return shlex.join(self.argv)
+
+
+class Launcher(Protocol):
+    """What runs a launch to its end and returns the exit code of the trainer."""
+
+    def __call__(self, launch: Launch) -> int: ...
+
+
+def launch_script(name: str) -> Path:
+    """`launch/<name>` of a checkout, or its copy inside an installed package.
+
+    Raises:
+        UserError: when neither is there.
+    """
+    import accel_gpt2
+
+    package = Path(accel_gpt2.__file__).parent
+    for script in (package.parent / "launch" / name, package / "_launch" / name):
+        if script.is_file():
+            return _relative(script)
+    raise UserError(
+        f"launch/{name} is neither beside nor inside {package}: install accel-gpt2 again."
+    )
+
+
+def _relative(path: Path) -> Path:
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def accelerate_config(profile: HardwareProfile, mixed_precision: str) -> str:
+    """The YAML of a launch. A file, because flags alone do not hold off a stale default config."""
+    import yaml
+
+    values = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "MULTI_GPU" if profile.num_gpus > 1 else "NO",
+        "use_cpu": profile.gpu is None,
+        "gpu_ids": "all",
+        "num_machines": 1,
+        "num_processes": max(1, profile.num_gpus),
+        "machine_rank": 0,
+        "mixed_precision": mixed_precision,
+        "debug": False,
+    }
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def training_launch(
+    run_directory: Path,
+    *,
+    num_cores: int,
+    num_processes: int,
+    options: Sequence[str] = (),
+    environment: Mapping[str, str] = os.environ,
+) -> Launch:
+    """The `accelerate launch` command that trains what a run directory's recipe says.
+
+    `options` are passed on to `launch/train.py`. Where OMP_NUM_THREADS says nothing, each process
+    gets its share of the cores; accelerate would give it one.
+    """
+    threads = environment.get("OMP_NUM_THREADS") or str(max(1, num_cores // num_processes))
+    argv = (
+        _accelerate(),
+        "launch",
+        # Without --quiet, accelerate adds a traceback of its own to each exit code but 0.
+        "--quiet",
+        f"--config_file={run_directory / ACCELERATE_FILE}",
+        f"--num_cpu_threads_per_process={threads}",
+        str(launch_script("train.py")),
+        f"--recipe={run_directory / RECIPE_FILE}",
+        f"--output-dir={run_directory}",
+        *options,
+    )
+    return Launch(argv=argv, run_directory=run_directory)
+
+
+def _accelerate() -> str:
+    """The accelerate of this very Python, by its bare name where the shell would find the same."""
+    beside = Path(sys.executable).parent / "accelerate"
+    found = shutil.which("accelerate")
+    if found is not None and (not beside.exists() or Path(found).samefile(beside)):
+        return "accelerate"
+    if beside.exists():
+        return str(beside)
+    raise UserError(
+        f"The command `accelerate` is not installed beside {sys.executable}: type "
+        "`pip install accelerate`."
+    )
+
+
+def run_launch(launch: Launch) -> int:
+    """Run a launch as a child, pass signals on to its trainer, and return the trainer's exit code.
+
+    SIGTERM, SIGINT, SIGUSR1 and SIGHUP reach the trainer (SIGHUP as SIGTERM: a closed terminal
+    saves too). This process stays until the trainer has ended, also when the launcher has died.
+    """
+    for name in (STATUS_FILE, TRAINER_FILE):
+        (launch.run_directory / name).unlink(missing_ok=True)
+    process = subprocess.Popen(
+        launch.argv,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # the terminal's Ctrl-C comes to us alone, and is passed on once
+        preexec_fn=stop_with_parent,  # noqa: PLW1509 -- one C call, and no thread runs here
+    )
+    signals: list[int] = []
+    with _passing_on(process, launch.run_directory, signals):
+        launcher_code = process.wait()
+        trained = (launch.run_directory / TRAINER_FILE).exists()
+        while running_trainer(launch.run_directory) is not None:
+            time.sleep(_POLL_SECONDS)
+    return _exit_code(launch, launcher_code, signals, trained=trained)
+
+
+@contextlib.contextmanager
+def _passing_on(
+    process: "subprocess.Popen[bytes]", run_directory: Path, signals: list[int]
+) -> Iterator[None]:
+    def handle(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        if signals.count(signal.SIGINT) >= _KILLING_INTERRUPTS:
+            _signal_group(process, signal.SIGKILL)
+            return
+        sent = signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number)
+        trainer = running_trainer(run_directory)
+        if trainer is None:  # the launcher is still starting it, and nothing is worth saving
+            _signal_group(process, sent)
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(trainer, sent)
+
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
+    # Under nohup a closed terminal is no reason to stop.
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _signal_group(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def _exit_code(launch: Launch, launcher_code: int, signals: list[int], *, trained: bool) -> int:
+    try:
+        text = (launch.run_directory / STATUS_FILE).read_text(encoding="utf-8")
+        return int(json.loads(text)["exit_code"])
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{launch.run_directory / STATUS_FILE} cannot be read ({error}), so how the training "
+            "ended is unknown; start it again to go on."
+        ) from None
+    if signal.SIGINT in signals:
+        return ExitCode.INTERRUPTED
+    if signals and not trained:
+        name = signal.Signals(signals[0]).name
+        raise StoppedEarly(f"Stopped by {name} before the training began.", ExitCode.STOPPED)
+    if launcher_code == ExitCode.DONE:
+        raise UserError("The launcher ended without having started the training.")
+    if not trained:
+        raise UserError(
+            f"The training could not be started (exit code {launcher_code}); what the launcher "
+            f"said is above. Its command was: {launch.line}"
+        )
+    raise UserError(
+        "The trainer was killed before it could say why, perhaps because memory ran out (`dmesg` "
+        "tells). Start it again to go on from the newest whole checkpoint, with a smaller "
+        "--set micro_batch_tokens=... if it was memory."
+    )
+
+
+@contextlib.contextmanager
+def recorded_outcome(run_directory: Path) -> Iterator[None]:
+    """The trainer's side: say who trains (`trainer.pid`) and, whatever happens, how it ended.
+
+    Only the main process writes, and only into a run directory that exists. Until the training
+    installs its own handlers, SIGTERM and SIGUSR1 raise `StoppedEarly` here.
+    """
+    if not is_main_process():
+        yield
+        return
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _stop_before_training)
+    _write_trainer_file(run_directory)
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        code, message = outcome(error)
+        status = {"exit_code": code, "message": message, "pid": os.getpid()}
+        if run_directory.is_dir():
+            write_atomically(run_directory / STATUS_FILE, json.dumps(status) + "\n")
+            (run_directory / TRAINER_FILE).unlink(missing_ok=True)
+
+
+def _write_trainer_file(run_directory: Path) -> None:
+    import psutil
+
+    if run_directory.is_dir():
+        record = {"pid": os.getpid(), "create_time": psutil.Process().create_time()}
+        write_atomically(run_directory / TRAINER_FILE, json.dumps(record) + "\n")
+
+
+def _stop_before_training(number: int, frame: FrameType | None) -> None:
+    name = signal.Signals(number).name
+    raise StoppedEarly(f"Stopped by {name} before the training began.", ExitCode.STOPPED)
+
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def stop_with_parent() -> None:
+    """Have the kernel send this process a SIGTERM when its parent dies; Linux only."""
+    if _libc is not None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

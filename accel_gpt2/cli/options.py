@@ -1,0 +1,216 @@
+"""The options of `train` and of `launch/train.py`, defined once, and those that every verb has."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from accel_gpt2.catalog.datasets import DATASETS
+from accel_gpt2.catalog.models import MODELS
+from accel_gpt2.cli.errors import show_tracebacks
+from accel_gpt2.errors import UsageError
+from accel_gpt2.recipe import (
+    Finetuning,
+    Init,
+    Layer,
+    MixedPrecision,
+    Optimizer,
+    TrainRecipe,
+    assignments_layer,
+)
+from accel_gpt2.units import parse_seconds
+
+_DEFAULTS = TrainRecipe()
+
+DebugOption = Annotated[
+    bool,
+    typer.Option("--debug", help="Show the traceback of a failure.", callback=show_tracebacks),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bars; only what matters.")]
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run directory, for instance runs/demo.")
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions:
+    """What was typed after `train` or `launch/train.py`.
+
+    `layers` hold the options that are recipe values, one layer each, so that a complaint can name
+    the option.
+    """
+
+    layers: tuple[Layer, ...] = ()
+    recipe_file: Path | None = None
+    output_dir: Path | None = None
+    resume: str = "auto"
+    dry_run: bool = False
+    quiet: bool = False
+    debug: bool = False
+
+
+def train_command(act: Callable[[TrainOptions], None]) -> Callable[..., None]:
+    """A Typer command with the shared options, which hands what was typed to `act`."""
+
+    def train(
+        model: Annotated[
+            str | None,
+            typer.Option(
+                help=f"A catalog name ({', '.join(MODELS)}), a local directory or a hub id. "
+                f"[default: {_DEFAULTS.model}]"
+            ),
+        ] = None,
+        init: Annotated[
+            Init | None,
+            typer.Option(help="Start from published or from random weights."),
+        ] = None,
+        finetuning: Annotated[
+            Finetuning | None,
+            typer.Option(help="Train all weights, or a LoRA adapter."),
+        ] = None,
+        dataset: Annotated[
+            str | None,
+            typer.Option(
+                help=f"A catalog name ({', '.join(DATASETS)}), a file, a directory or a hub id. "
+                f"[default: {_DEFAULTS.dataset}]"
+            ),
+        ] = None,
+        max_length: Annotated[
+            int | None,
+            typer.Option(help="Longest document in tokens; the rest is cut."),
+        ] = None,
+        epochs: Annotated[
+            float | None,
+            typer.Option(help="Passes over each class's documents."),
+        ] = None,
+        max_steps: Annotated[
+            int | None,
+            typer.Option(help="Optimizer steps of each class, at most."),
+        ] = None,
+        learning_rate: Annotated[
+            float | None,
+            typer.Option(help="The highest rate of the schedule."),
+        ] = None,
+        global_batch_tokens: Annotated[
+            int | None,
+            typer.Option(help="Document tokens of one optimizer step, on all machines together."),
+        ] = None,
+        optimizer: Annotated[Optimizer | None, typer.Option(help="The optimizer.")] = None,
+        mixed_precision: Annotated[
+            MixedPrecision | None,
+            typer.Option(help="What the GPU computes in. [default: by profile]"),
+        ] = None,
+        gradient_checkpointing: Annotated[
+            bool | None,
+            typer.Option(
+                "--gradient-checkpointing/--no-gradient-checkpointing",
+                help="Less memory for a third more time. [default: by profile]",
+            ),
+        ] = None,
+        seed: Annotated[int | None, typer.Option(help="Of every random choice.")] = None,
+        profile: Annotated[
+            str | None,
+            typer.Option(help="The machine; `accel-gpt2 profiles` lists them. [default: auto]"),
+        ] = None,
+        output_dir: Annotated[
+            Path | None,
+            typer.Option(help="The run directory. [default: runs/<dataset>-<model>]"),
+        ] = None,
+        max_time: Annotated[
+            str | None,
+            typer.Option(metavar="<duration>", help="Stop, saved, after so long: 90s, 15m, 1h30m."),
+        ] = None,
+        resume: Annotated[
+            str,
+            typer.Option(
+                metavar="auto|never|PATH",
+                help="Go on from the run's newest whole checkpoint, start anew, or go on from "
+                "this checkpoint.",
+            ),
+        ] = "auto",
+        recipe: Annotated[
+            Path | None,
+            typer.Option(metavar="FILE", help="A YAML or JSON file of recipe values."),
+        ] = None,
+        set_: Annotated[
+            list[str] | None,
+            typer.Option(
+                "--set",
+                metavar="key=value",
+                help="Any other recipe value, for instance dropout=0. Repeatable.",
+            ),
+        ] = None,
+        dry_run: Annotated[
+            bool,
+            typer.Option("--dry-run", help="Show what would be run, and stop."),
+        ] = False,
+        quiet: QuietOption = False,
+        debug: DebugOption = False,
+    ) -> None:
+        values: dict[str, object] = {
+            "model": model,
+            "init": init,
+            "finetuning": finetuning,
+            "dataset": dataset,
+            "max_length": max_length,
+            "epochs": epochs,
+            "max_steps": max_steps,
+            "learning_rate": learning_rate,
+            "global_batch_tokens": global_batch_tokens,
+            "optimizer": optimizer,
+            "mixed_precision": mixed_precision,
+            "gradient_checkpointing": gradient_checkpointing,
+            "seed": seed,
+            "profile": profile,
+            "max_time_seconds": None if max_time is None else parse_seconds(max_time),
+        }
+        act(
+            TrainOptions(
+                layers=command_line_layers(values, set_ or []),
+                recipe_file=recipe,
+                output_dir=output_dir,
+                resume=resume,
+                dry_run=dry_run,
+                quiet=quiet,
+                debug=debug,
+            )
+        )
+
+    train.__doc__ = act.__doc__
+    return train
+
+
+_OPTION_NAMES = {"max_time_seconds": "--max-time"}
+
+
+def command_line_layers(values: dict[str, object], assignments: list[str]) -> tuple[Layer, ...]:
+    """One layer for each option that was given (is not None), and one for all `--set`.
+
+    Raises:
+        UsageError: when two of them speak about the same thing.
+
+    >>> [layer.origin for layer in command_line_layers({"seed": 1, "model": None}, ["dropout=0"])]
+    ['--seed', '--set']
+    """
+    assigned = assignments_layer(assignments)
+    options = [
+        Layer(origin=_OPTION_NAMES.get(key, f"--{key.replace('_', '-')}"), values={key: value})
+        for key, value in values.items()
+        if value is not None
+    ]
+    problems = []
+    for layer in options:
+        (key,) = layer.values
+        if key in assigned.values:
+            problems.append(f"{layer.origin} and --set {key}=... are both given; give one of them.")
+        if key == "global_batch_tokens" and assigned.values.get("global_batch_size"):
+            problems.append(
+                f"{layer.origin} and --set global_batch_size=... are both given; a batch is "
+                "counted in tokens or in documents: give one of them."
+            )
+    if problems:
+        raise UsageError("\n".join(problems))
+    return (*options, assigned) if assigned.values else tuple(options)

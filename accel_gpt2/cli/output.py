@@ -1,0 +1,58 @@
+"""Where words and data go: data to stdout, talk to stderr, `--json` one document on stdout."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Literal
+
+
+def is_main_process(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process may talk: the only one, or rank 0 of those a launcher started.
+
+    >>> is_main_process({}), is_main_process({"RANK": "0"}), is_main_process({"LOCAL_RANK": "1"})
+    (True, True, False)
+    """
+    return environment.get("RANK", environment.get("LOCAL_RANK", "0")) == "0"
+
+
+def say(text: str, *, style: str = "") -> None:
+    """Talk: one message to stderr, from the main process only.
+
+    Long lines are left to the terminal to break, so that paths and commands can be copied.
+    """
+    if is_main_process():
+        from rich.console import Console
+        from rich.text import Text
+
+        Console(stderr=True, highlight=False).print(Text(text, style=style), soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Something that the person should know before the work goes on."""
+    say(f"Warning: {text}", style="yellow")
+
+
+def print_line(text: str) -> None:
+    """Data: one line to stdout, exactly as it is."""
+    sys.stdout.write(text + "\n")
+
+
+def print_json(document: object) -> None:
+    """Data: the one JSON document of a `--json` answer, indented, NaN-free."""
+    print_line(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_table(columns: Mapping[str, Literal["left", "right"]], rows: list[list[str]]) -> None:
+    """Data: a table to stdout; `columns` maps each heading to the side that its cells keep to."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading, side in columns.items():
+        table.add_column(heading, justify=side, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console(highlight=False).print(table)

@@ -1,0 +1,70 @@
+"""`profiles`: the machines that are known by name."""
+
+from accel_gpt2.catalog.profiles import PROFILES, HardwareProfile
+from accel_gpt2.cli.hardware import describe_profile, detect_hardware, profile_for
+from accel_gpt2.cli.options import DebugOption, JsonOption
+from accel_gpt2.cli.output import print_json, print_table, say
+from accel_gpt2.units import format_bytes
+
+
+def profiles(json: JsonOption = False, debug: DebugOption = False) -> None:
+    """List the machines that --profile knows."""
+    here = profile_for(detect_hardware())
+    if json:
+        print_json(
+            {
+                "profiles": [_document(profile) for profile in PROFILES.values()],
+                "auto": _document(here),
+            }
+        )
+        return
+    print_table(
+        {
+            "profile": "left",
+            "GPU": "left",
+            "GPUs": "right",
+            "memory": "right",
+            "TFLOP/s": "right",
+            "precision": "left",
+        },
+        [_row(profile) for profile in PROFILES.values()],
+    )
+    what = "no GPU" if here.gpu is None else describe_profile(here)
+    say(f"--profile auto is, on this machine: {here.name} ({what}).")
+
+
+def _row(profile: HardwareProfile) -> list[str]:
+    precision = str(profile.recipe_defaults["mixed_precision"])
+    if profile.gpu is None:
+        return [profile.name, "none", "0", "", "", precision]
+    peak = profile.gpu.peak_flops.get(precision)
+    return [
+        profile.name,
+        profile.gpu.display_name,
+        str(profile.num_gpus),
+        format_bytes(profile.gpu.memory_bytes),
+        "unknown" if peak is None else f"{peak / 1e12:.0f}",
+        precision,
+    ]
+
+
+def _document(profile: HardwareProfile) -> dict[str, object]:
+    gpu = profile.gpu
+    return {
+        "name": profile.name,
+        "gpu": None
+        if gpu is None
+        else {
+            "name": gpu.name,
+            "display_name": gpu.display_name,
+            "memory_bytes": gpu.memory_bytes,
+            "peak_flops": dict(gpu.peak_flops),
+            "bandwidth_bytes_per_second": gpu.bandwidth_bytes_per_second,
+            "tdp_watts": gpu.tdp_watts,
+            "source": gpu.source,
+        },
+        "num_gpus": profile.num_gpus,
+        "interconnect": profile.interconnect,
+        "host_memory_bytes": profile.host_memory_bytes,
+        "recipe_defaults": dict(profile.recipe_defaults),
+    }

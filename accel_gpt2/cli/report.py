@@ -1,0 +1,19 @@
+"""`report`: one HTML page and its pictures from a run directory."""
+
+from accel_gpt2.cli.options import DebugOption, JsonOption, RunArgument
+from accel_gpt2.cli.output import print_json, print_line
+from accel_gpt2.cli.run_directory import require_run
+
+
+def report(
+    run_directory: RunArgument, json: JsonOption = False, debug: DebugOption = False
+) -> None:
+    """Write a run's report: one HTML page and its pictures."""
+    require_run(run_directory)
+    from accel_gpt2.report import write_report
+
+    path = write_report(run_directory)
+    if json:
+        print_json({"report": str(path)})
+    else:
+        print_line(str(path))

@@ -1,0 +1,249 @@
+"""`train`: choose, check and launch; and what the launched process does, which ends in `fit`."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+from accel_gpt2.catalog.models import MODELS
+from accel_gpt2.catalog.profiles import HardwareProfile
+from accel_gpt2.cli.errors import plain_app, run
+from accel_gpt2.cli.hardware import (
+    DetectedHardware,
+    check_profile,
+    choose_profile,
+    describe_profile,
+    detect_hardware,
+)
+from accel_gpt2.cli.launcher import (
+    ACCELERATE_FILE,
+    COMMAND_FILE,
+    Launch,
+    Launcher,
+    accelerate_config,
+    recorded_outcome,
+    run_launch,
+    stop_with_parent,
+    training_launch,
+)
+from accel_gpt2.cli.options import TrainOptions, train_command
+from accel_gpt2.cli.output import is_main_process, print_line, say, warn
+from accel_gpt2.cli.run_directory import (
+    RECIPE_FILE,
+    check_run_directory,
+    default_run_directory,
+    prepare_run_directory,
+    write_atomically,
+)
+from accel_gpt2.errors import ExitCode, UserError
+from accel_gpt2.plan.batch import profile_recipe_defaults
+from accel_gpt2.recipe import (
+    FIELDS,
+    Layer,
+    ResolvedRecipe,
+    environment_layer,
+    read_layer,
+    resolve,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainChoice:
+    """Everything that is decided before anything is loaded."""
+
+    resolved: ResolvedRecipe
+    profile: HardwareProfile
+    hardware: DetectedHardware
+    run_directory: Path
+    warnings: tuple[str, ...]
+
+
+def choose(
+    options: TrainOptions,
+    *,
+    detect: Callable[[], DetectedHardware] = detect_hardware,
+) -> TrainChoice:
+    """Resolve the recipe here: defaults < model < profile < file < environment < options.
+
+    Raises:
+        UserError: for a wrong recipe, an unknown profile, or a machine that has not got what the
+            profile promises.
+    """
+    given: list[Layer] = []
+    if options.recipe_file is not None:
+        given.append(read_layer(options.recipe_file))
+    # A run's own recipe.yaml is already resolved, and the environment has had its say in it.
+    if not _is_own_recipe(options.recipe_file, options.output_dir):
+        environment = environment_layer()
+        given += [environment] if environment.values else []
+    given += options.layers
+
+    asked = resolve(given).recipe  # all complaints about what was typed, before looking around
+    hardware = detect()
+    profile = choose_profile(asked.profile, hardware)
+    profile_layer = Layer(
+        origin=f"profile {profile.name}",
+        values=profile_recipe_defaults(profile, MODELS.get(asked.model)),
+    )
+    resolved = resolve([profile_layer, *given])
+    return TrainChoice(
+        resolved=resolved,
+        profile=profile,
+        hardware=hardware,
+        run_directory=options.output_dir or default_run_directory(resolved.recipe),
+        warnings=tuple(
+            check_profile(asked.profile, profile, hardware, resolved.recipe.mixed_precision)
+        ),
+    )
+
+
+def _is_own_recipe(recipe_file: Path | None, output_dir: Path | None) -> bool:
+    if recipe_file is None or output_dir is None:
+        return False
+    return recipe_file.absolute() == (output_dir / RECIPE_FILE).absolute()
+
+
+def start_training(options: TrainOptions, launcher: Launcher = run_launch) -> None:
+    """Train one language model per class.
+
+    Chooses the machine's settings, prints the `accelerate launch` command that it runs, and stays
+    with it. Started again, it goes on where it was.
+    """
+    code = launch_training(options, launcher)
+    if code != ExitCode.DONE:
+        raise typer.Exit(code)
+
+
+def launch_training(options: TrainOptions, launcher: Launcher = run_launch) -> int:
+    """What `train` does; returns the exit code of the trainer.
+
+    Raises:
+        UserError: for all that can be known to be wrong before anything is loaded.
+    """
+    choice = choose(options)
+    _announce(choice, quiet=options.quiet)
+    check_run_directory(choice.run_directory, choice.resolved.recipe, resume=options.resume)
+    launch = _launch(choice, options)
+    if options.dry_run:
+        show_recipe(choice.resolved)
+        say(f"$ {launch.line}", style="bold")
+        return ExitCode.DONE
+    _preflight(choice)
+    prepare_run_directory(choice.run_directory, choice.resolved.recipe, resume=options.resume)
+    mixed_precision = choice.resolved.recipe.mixed_precision
+    write_atomically(
+        choice.run_directory / ACCELERATE_FILE, accelerate_config(choice.profile, mixed_precision)
+    )
+    write_atomically(choice.run_directory / COMMAND_FILE, launch.line + "\n")
+    say(f"$ {launch.line}", style="bold")
+    return launcher(launch)
+
+
+def _launch(choice: TrainChoice, options: TrainOptions) -> Launch:
+    passed_on = [f"--resume={options.resume}"] if options.resume != "auto" else []
+    passed_on += ["--quiet"] if options.quiet else []
+    passed_on += ["--debug"] if options.debug else []
+    return training_launch(
+        choice.run_directory,
+        num_cores=choice.hardware.num_cores,
+        num_processes=max(1, choice.profile.num_gpus),
+        options=passed_on,
+    )
+
+
+def train_here(options: TrainOptions) -> None:
+    """Train one language model per class, in this process.
+
+    This is what a launcher starts: `accelerate launch launch/train.py --profile rtx4070ti`.
+    """
+    stop_with_parent()
+    choice = choose(options)
+    recipe = choice.resolved.recipe
+    if options.dry_run:
+        if is_main_process():
+            show_recipe(choice.resolved)
+        return
+    if is_main_process():
+        check_run_directory(choice.run_directory, recipe, resume=options.resume)
+    with recorded_outcome(choice.run_directory):
+        if not _is_own_recipe(options.recipe_file, options.output_dir):  # else `train` has said it
+            _announce(choice, quiet=options.quiet)
+        _use_device(choice)
+        _preflight(choice)
+        if is_main_process():
+            prepare_run_directory(choice.run_directory, recipe, resume=options.resume)
+        from accel_gpt2.classify.fit import fit
+
+        fit(choice.resolved, choice.run_directory, resume=options.resume, quiet=options.quiet)
+
+
+def _use_device(choice: TrainChoice) -> None:
+    """Have accelerate use what the profile says, and check that this torch can."""
+    if choice.profile.gpu is None:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"This machine has a GPU ({choice.hardware.gpus[0].name}), but torch "
+            f"{torch.__version__} cannot use it: install the CUDA build of torch, or give "
+            "--profile cpu."
+        )
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size < choice.profile.num_gpus:
+        warn(
+            f"Profile {choice.profile.name} has {choice.profile.num_gpus} GPUs, and the launcher "
+            f"started {world_size} process(es): give `accelerate launch --multi_gpu "
+            f"--num_processes {choice.profile.num_gpus}` to use them all."
+        )
+
+
+def _preflight(choice: TrainChoice) -> None:
+    from accel_gpt2.train.preflight import check_available
+
+    check_available(choice.resolved.recipe)
+
+
+def _announce(choice: TrainChoice, *, quiet: bool) -> None:
+    for text in choice.warnings:
+        warn(text)
+    if not quiet:
+        recipe = choice.resolved.recipe
+        say(
+            f"{recipe.model} ({recipe.init}, {recipe.finetuning}) on {recipe.dataset} with "
+            f"{_machine(choice)}, into {choice.run_directory}"
+        )
+
+
+def _machine(choice: TrainChoice) -> str:
+    if choice.profile.gpu is None:
+        return f"the CPU ({choice.hardware.num_cores} cores)"
+    return describe_profile(choice.profile)
+
+
+_DOCUMENT_END = "...\n"  # PyYAML writes it after a plain scalar
+
+
+def show_recipe(resolved: ResolvedRecipe) -> None:
+    """Data: the recipe as YAML that can be read back; a comment says where a value comes from."""
+    import yaml
+
+    lines = []
+    for key in FIELDS:
+        value = getattr(resolved.recipe, key)
+        plain = list(value) if isinstance(value, tuple) else value
+        text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=10**6)
+        line = f"{key}: {text.removesuffix(_DOCUMENT_END).strip()}"
+        origin = resolved.origins[key]
+        lines.append(line if origin == "default" else f"{line:<40}  # {origin}")
+    print_line("\n".join(lines))
+
+
+def launched_main() -> None:
+    """The whole of `launch/train.py`."""
+    app = plain_app()
+    app.command()(train_command(train_here))
+    run(app)
