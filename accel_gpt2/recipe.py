@@ -135,8 +135,6 @@ def resolve(layers: Sequence[Layer]) -> ResolvedRecipe:
     problems: list[str] = []
     for layer in layers:
         problems += [f"{layer.origin}: {text}" for text in _unknown_keys(layer.values)]
-    if problems:
-        raise UsageError("\n".join(problems))
 
     model = next((x.values["model"] for x in reversed(layers) if "model" in x.values), None)
     model = TrainRecipe().model if model is None else model
@@ -146,7 +144,7 @@ def resolve(layers: Sequence[Layer]) -> ResolvedRecipe:
     values: dict[str, object] = dataclasses.asdict(TrainRecipe())
     origins = dict.fromkeys(FIELDS, "default")
     for layer in [*rows, *layers]:
-        given = dict(layer.values)
+        given = {key: value for key, value in layer.values.items() if key in FIELDS}
         batch_keys = [k for k in ("global_batch_tokens", "global_batch_size") if given.get(k)]
         if len(batch_keys) == 2:
             problems.append(
@@ -158,9 +156,10 @@ def resolve(layers: Sequence[Layer]) -> ResolvedRecipe:
             given[other.pop()] = None
         values.update(given)
         origins.update(dict.fromkeys(given, layer.origin))
-    if problems:
-        raise UsageError("\n".join(problems))
-    return ResolvedRecipe(recipe=_validated(values, origins), origins=origins)
+    recipe, more = _validated(values, origins)
+    if recipe is None or problems:
+        raise UsageError("\n".join([*problems, *more]))
+    return ResolvedRecipe(recipe=recipe, origins=origins)
 
 
 def _unknown_keys(values: Mapping[str, object]) -> list[str]:
@@ -171,7 +170,9 @@ def _unknown_keys(values: Mapping[str, object]) -> list[str]:
     ]
 
 
-def _validated(values: Mapping[str, object], origins: Mapping[str, str]) -> TrainRecipe:
+def _validated(
+    values: Mapping[str, object], origins: Mapping[str, str]
+) -> tuple[TrainRecipe | None, list[str]]:
     from pydantic import TypeAdapter, ValidationError
 
     try:
@@ -179,13 +180,9 @@ def _validated(values: Mapping[str, object], origins: Mapping[str, str]) -> Trai
         text = json.dumps(values, default=str)
         recipe = TypeAdapter(TrainRecipe).validate_json(text)
     except ValidationError as error:
-        raise UsageError(
-            "\n".join(_sentence(dict(problem), origins) for problem in error.errors())
-        ) from None
+        return None, [_sentence(dict(problem), origins) for problem in error.errors()]
     problems = _contradictions(recipe)
-    if problems:
-        raise UsageError("\n".join(problems))
-    return recipe
+    return (None if problems else recipe), problems
 
 
 def _sentence(problem: dict[str, Any], origins: Mapping[str, str]) -> str:
