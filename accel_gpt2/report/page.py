@@ -1,0 +1,504 @@
+"""One self-contained HTML page about a run, and the PNGs that stand on it."""
+
+import base64
+import math
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from accel_gpt2.report import plots
+from accel_gpt2.report.read import Run, read_run
+from accel_gpt2.units import format_bytes, format_count, format_seconds
+
+_UNKNOWN = "–"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FigureOnPage:
+    """A figure in both themes; the light one is also a file beside the page."""
+
+    file_name: str
+    title: str
+    caption: str
+    description: str  # for those who cannot see it
+    light_png: bytes
+    dark_png: bytes
+
+    @property
+    def width_pixels(self) -> int:
+        """CSS pixels at full size; the width stands in bytes 16 to 20 of every PNG."""
+        return round(int.from_bytes(self.light_png[16:20], "big") / plots.PNG_PIXELS_PER_CSS_PIXEL)
+
+    @property
+    def light_uri(self) -> str:
+        return _data_uri(self.light_png)
+
+    @property
+    def dark_uri(self) -> str:
+        return _data_uri(self.dark_png)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """The first `num_text_columns` columns hold text; the others hold numbers, set to the right."""
+
+    title: str
+    introduction: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    num_text_columns: int = 1
+
+
+def write_report(run_directory: Path) -> Path:
+    """Write evaluation/report.html and its PNGs, and return the page's path.
+
+    The page needs no other file and no network. A run without an evaluation gets its loss curves
+    and the command that evaluates it.
+
+    Raises:
+        UserError: when the directory is not that of a run, or its metrics.json is damaged.
+    """
+    run = read_run(run_directory)
+    figures = _figures(run)
+    folder = run_directory / "evaluation"
+    folder.mkdir(exist_ok=True)
+    for figure in figures:
+        (folder / figure.file_name).write_bytes(figure.light_png)
+    page = folder / "report.html"
+    page.write_text(_render(run, figures), encoding="utf-8")
+    return page
+
+
+def _render(run: Run, figures: Sequence[FigureOnPage]) -> str:
+    environment = Environment(
+        loader=PackageLoader("accel_gpt2.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    metrics = run.metrics or {}
+    model = metrics.get("model") or run.recipe.get("model")
+    dataset = metrics.get("dataset") or run.recipe.get("dataset")
+    return environment.get_template("template.html.j2").render(
+        name=run.directory.resolve().name,
+        subtitle=" · ".join(str(x) for x in (model, dataset, metrics.get("split")) if x),
+        verdict=_verdict(run),
+        notices=run.notices,
+        tables_above=[table for table in (_metrics_table(run),) if table],
+        figures=figures,
+        tables_below=[
+            table
+            for table in (_class_table(run), _mistakes_table(run), _treatments_table(run))
+            if table
+        ],
+        command=run.command,
+        recipe=_plain_items(run.recipe),
+        environment=_plain_items(run.environment),
+    )
+
+
+# The verdict.
+
+
+def _verdict(run: Run) -> list[str]:
+    """The outcome in sentences, the most important one first."""
+    if run.metrics is None:
+        return _verdict_without_evaluation(run)
+    metrics = run.metrics
+    return [
+        _accuracy_sentence(run, metrics),
+        *_baseline_sentences(metrics),
+        *_majority_sentence(metrics),
+        *_training_sentences(metrics.get("training") or {}),
+    ]
+
+
+def _verdict_without_evaluation(run: Run) -> list[str]:
+    command = f"accel-gpt2 evaluate {shlex.quote(str(run.directory))}"
+    if not run.curves:
+        return [
+            "No training step has been logged yet. When the training has ended, type "
+            f"`{command}` to classify the test documents."
+        ]
+    steps = max(curve.num_steps for curve in run.curves)
+    models = "model has" if len(run.curves) == 1 else "models have"
+    return [
+        f"{len(run.curves)} class {models} been trained, for {steps:,} steps at most; no test "
+        f"document has been classified yet. Type `{command}` to do that."
+    ]
+
+
+def _accuracy_sentence(run: Run, metrics: Mapping[str, Any]) -> str:
+    model = metrics.get("model") or run.recipe.get("model") or "language"
+    documents = metrics.get("num_documents")
+    of_what = f"{documents:,} {metrics.get('split') or 'test'} documents" if documents else "them"
+    return (
+        f"One {model} model per class gets {_percent(metrics['accuracy'])} of {of_what} right"
+        f"{_interval(metrics.get('accuracy_interval_95'))}."
+    )
+
+
+def _baseline_sentences(metrics: Mapping[str, Any]) -> list[str]:
+    baseline = metrics.get("baseline") or {}
+    if "accuracy" not in baseline:
+        return []
+    name = baseline.get("name") or "the baseline"
+    first = (
+        f"The baseline, {name}, gets {_percent(baseline['accuracy'])} right"
+        f"{_interval(baseline.get('accuracy_interval_95'))}"
+    )
+    points = 100 * (metrics["accuracy"] - baseline["accuracy"])
+    bounds = baseline.get("accuracy_difference_interval_95")
+    between = (
+        f" (95% interval {100 * bounds[0]:+.1f} to {100 * bounds[1]:+.1f})" if bounds else ""
+    ).replace("-", "−")
+    side = "ahead of" if points > 0 else "behind"
+    distance = (
+        f"the language models are {abs(points):.1f} points {side} it"
+        if round(abs(points), 1)
+        else "the language models are level with it"
+    )
+    sentences = [f"{first}; {distance}{between}."]
+    test = baseline.get("mcnemar") or {}
+    if test.get("p_value") is not None:
+        p_value = test["p_value"]
+        verdict = (
+            "This difference is significant"
+            if p_value < 0.05
+            else "This difference may well be chance"
+        )
+        sentences.append(
+            f"{verdict} (McNemar's exact test, {_p_value(p_value)}: {test['only_a']:,} documents "
+            f"that only the language models get right, {test['only_b']:,} that only the baseline "
+            "does)."
+        )
+    return sentences
+
+
+def _majority_sentence(metrics: Mapping[str, Any]) -> list[str]:
+    majority = metrics.get("majority_class_accuracy")
+    if majority is None:
+        return []
+    return [f"Always answering the most frequent class would get {_percent(majority)} right."]
+
+
+def _training_sentences(training: Mapping[str, Any]) -> list[str]:
+    if training.get("seconds") is None:
+        return []
+    tokens = training.get("document_tokens")
+    over = f" for {format_count(tokens)} document tokens" if tokens else ""
+    cost = training.get("cost_usd")
+    price = (
+        f" and cost ${cost:,.2f}"
+        if cost is not None
+        else "; its cost is unknown, because no price_usd_per_hour was set"
+    )
+    return [f"Training took {format_seconds(training['seconds'])}{over}{price}."]
+
+
+# The tables.
+
+
+def _metrics_table(run: Run) -> Table | None:
+    if run.metrics is None:
+        return None
+    metrics = run.metrics
+    training = metrics.get("training") or {}
+    baseline = metrics.get("baseline") or {}
+    columns = (
+        {**(metrics.get("raw") or {}), **training, **metrics},
+        metrics.get("calibrated") or {},
+        baseline,
+    )
+    lines: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+        ("Accuracy", "accuracy", _percent),
+        ("95% interval of the accuracy", "accuracy_interval_95", _bounds),
+        ("Macro-F1", "macro_f1", _three_decimals),
+        ("95% interval of macro-F1", "macro_f1_interval_95", _three_decimals_interval),
+        ("AUROC, one against rest", "auroc", _three_decimals),
+        ("Negative log-likelihood, nats", "nll", _three_decimals),
+        ("Brier score, 0 to 2", "brier", _three_decimals),
+        ("Expected calibration error", "ece", _three_decimals),
+        ("Training time", "seconds", format_seconds),
+        ("Training speed, document tokens/s", "tokens_per_second", format_count),
+        ("Peak memory", "peak_memory_bytes", format_bytes),
+        ("Classification speed, documents/s", "documents_per_second", _three_digits),
+    )
+    rows = [
+        (name, *(_UNKNOWN if column.get(key) is None else show(column[key]) for column in columns))
+        for name, key, show in lines
+    ]
+    truncated = metrics.get("truncated_documents")
+    return Table(
+        title="Results",
+        introduction=(
+            "“Raw” is Bayes' rule on the summed log-likelihoods; “calibrated” also uses the "
+            "temperature, length slope and class bias fitted on validation documents. Lower is "
+            "better from the negative log-likelihood to the calibration error."
+            + (
+                f" {truncated:,} documents were longer than max_length and are scored up to there."
+                if truncated
+                else ""
+            )
+        ),
+        header=("", "Raw", "Calibrated", str(baseline.get("name") or "Baseline")),
+        rows=tuple(row for row in rows if any(value != _UNKNOWN for value in row[1:])),
+    )
+
+
+def _class_table(run: Run) -> Table | None:
+    metrics = run.metrics or {}
+    curves = {curve.class_index: curve for curve in run.curves}
+    names = metrics.get("class_names") or run.plan.get("class_names") or []
+    names = list(names) or [curves[index].class_name for index in sorted(curves)]
+    if not names:
+        return None
+    confusion = metrics.get("confusion_matrix")
+
+    def rates(key: str, name: str) -> str:
+        value = (metrics.get(key) or {}).get(name)
+        return _UNKNOWN if value is None else _percent(value)
+
+    rows = []
+    for index, name in enumerate(names):
+        curve = curves.get(index)
+        best = curve.best if curve else None
+        rows.append(
+            (
+                str(name),
+                f"{sum(confusion[index]):,}" if confusion else _UNKNOWN,
+                rates("recall", name),
+                rates("precision", name),
+                rates("f1", name),
+                f"{best.bits_per_token:.3f}" if best else _UNKNOWN,
+                f"{best.bits_per_byte:.3f}" if best and best.bits_per_byte else _UNKNOWN,
+                f"{best.step:,}" if best else _UNKNOWN,
+                f"{curve.num_steps:,}" if curve else _UNKNOWN,
+                format_count(curve.num_tokens) if curve and curve.num_tokens else _UNKNOWN,
+            )
+        )
+    return Table(
+        title="Classes",
+        introduction=(
+            "Bits are those of the validation documents of the class under its own model at the "
+            "best step, which is the checkpoint that classifies."
+        ),
+        header=(
+            "Class",
+            "Test documents",
+            "Recall",
+            "Precision",
+            "F1",
+            "Bits per token",
+            "Bits per byte",
+            "Best step",
+            "Steps",
+            "Tokens trained",
+        ),
+        rows=tuple(rows),
+    )
+
+
+def _mistakes_table(run: Run) -> Table | None:
+    if run.metrics is None or not run.mistakes:
+        return None
+    names = [str(name) for name in run.metrics["class_names"]]
+    return Table(
+        title="Surest mistakes",
+        introduction=(
+            "The wrong answers with the largest log-likelihood of the predicted class over that of "
+            "the label. Read these documents first: wrong labels and odd texts gather here."
+        ),
+        header=("Label", "Prediction", "Row of the split", "Nats apart", "Tokens"),
+        rows=tuple(
+            (
+                names[mistake.label],
+                names[mistake.prediction],
+                f"{mistake.document}",
+                f"{mistake.margin_nats:.1f}",
+                f"{mistake.num_tokens:,}",
+            )
+            for mistake in run.mistakes
+        ),
+        num_text_columns=2,
+    )
+
+
+def _treatments_table(run: Run) -> Table | None:
+    treatments = (run.metrics or {}).get("data_treatments") or run.plan.get("data_treatments") or []
+    if not treatments:
+        return None
+    return Table(
+        title="What was done to the data",
+        introduction="Documents that were not used just as they were found.",
+        header=("What", "Split", "Documents", "For example"),
+        rows=tuple(
+            (
+                str(row.get("what") or row.get("kind") or _UNKNOWN),
+                str(row.get("split") or _UNKNOWN),
+                f"{row['count']:,}" if isinstance(row.get("count"), int) else _UNKNOWN,
+                str(row.get("example") or _UNKNOWN),
+            )
+            for row in treatments
+        ),
+        num_text_columns=4,
+    )
+
+
+# The figures.
+
+
+def _figures(run: Run) -> list[FigureOnPage]:
+    figures = []
+
+    def add(
+        draw: Callable[[plots.Theme], bytes],
+        *,
+        file_name: str,
+        title: str,
+        caption: str,
+        description: str,
+    ) -> None:
+        figures.append(
+            FigureOnPage(
+                file_name=file_name,
+                title=title,
+                caption=caption,
+                description=description,
+                light_png=draw(plots.LIGHT),
+                dark_png=draw(plots.DARK),
+            )
+        )
+
+    if run.curves:
+        add(
+            lambda theme: plots.loss_curves(run.curves, theme),
+            file_name="loss_curves.png",
+            title="Loss curves",
+            caption=(
+                "Look for validation that still falls at the end (train longer) or rises while "
+                "training falls (overfitting: the star marks the checkpoint that is used). "
+                "Training is measured with dropout, so it may lie above validation."
+            ),
+            description="Training loss and validation bits per token of each class over steps.",
+        )
+    metrics = run.metrics
+    if metrics is None:
+        return figures
+    names = [str(name) for name in metrics["class_names"]]
+    add(
+        lambda theme: plots.confusion_matrix(metrics["confusion_matrix"], names, theme),
+        file_name="confusion_matrix.png",
+        title="Confusion matrix",
+        caption=(
+            "Each row is the documents of one class, and its shares add up to 100%. Look for "
+            "coloured cells off the diagonal: pairs of classes that are taken for one another. A "
+            "column of them is a class that is answered too often."
+        ),
+        description="Number and share of documents by true and predicted class.",
+    )
+    blocks = {
+        kind: metrics[kind]["reliability"]
+        for kind in ("raw", "calibrated")
+        if (metrics.get(kind) or {}).get("reliability")
+    }
+    if blocks:
+        add(
+            lambda theme: plots.reliability_diagram(blocks, theme),
+            file_name="reliability_diagram.png",
+            title="Reliability diagram",
+            caption=_reliability_caption(metrics),
+            description="Share of right answers by stated probability, raw and calibrated.",
+        )
+    if metrics.get("bits_per_byte"):
+        add(
+            lambda theme: plots.bits_per_byte_heatmap(metrics["bits_per_byte"], names, theme),
+            file_name="bits_per_byte.png",
+            title="Bits per byte, class by class",
+            caption=_bits_per_byte_caption(metrics["bits_per_byte"], names),
+            description="Bits per byte of each class's documents under each class's model.",
+        )
+    return figures
+
+
+def _reliability_caption(metrics: Mapping[str, Any]) -> str:
+    scale = (metrics.get("calibration") or {}).get("scale")
+    scaling = (
+        f" Calibration multiplies the log-likelihoods by {scale:.3g}." if scale is not None else ""
+    )
+    return (
+        "A point below the dashed line is a probability that promises too much; points of few "
+        "documents scatter. The bars count "
+        "the documents of each bin, on a logarithmic scale: raw probabilities crowd at 1, because "
+        "a document's tokens are counted as independent evidence." + scaling
+    )
+
+
+def _bits_per_byte_caption(matrix: Sequence[Sequence[float | None]], names: Sequence[str]) -> str:
+    exceptions = []
+    for index, row in enumerate(matrix):
+        values = [math.inf if x is None or math.isnan(x) else x for x in row]
+        if min(values) < values[index]:
+            exceptions.append(names[index])
+    outcome = (
+        "It is, in every row."
+        if not exceptions
+        else f"It is not for {', '.join(exceptions)}: another class's model predicts these "
+        "documents better."
+    )
+    return (
+        "The diagonal should be the lowest value of each row (framed): a class's own model should "
+        f"compress its documents best. {outcome} The distance to the next value in the row is "
+        "what the classification lives on."
+    )
+
+
+# Formats.
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def _three_decimals(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _three_decimals_interval(bounds: Sequence[float]) -> str:
+    return f"{bounds[0]:.3f}–{bounds[1]:.3f}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _bounds(bounds: Sequence[float]) -> str:
+    return f"{100 * bounds[0]:.1f}–{100 * bounds[1]:.1f}%"
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return f" (95% interval {_bounds(bounds)})" if bounds else ""
+
+
+def _p_value(p_value: float) -> str:
+    return "p < 0.0001" if p_value < 0.0001 else f"p = {p_value:.2g}"
+
+
+def _plain_items(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Keys and values for a list; an empty sequence and None read as such."""
+
+    def plain(value: object) -> str:
+        if isinstance(value, list | tuple):
+            return ", ".join(map(str, value)) or "(none)"
+        return "(none)" if value is None or value == "" else str(value)
+
+    return [(str(key), plain(value)) for key, value in values.items()]

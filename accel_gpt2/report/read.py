@@ -1,0 +1,245 @@
+"""Reads a run directory: files that other parts wrote, some of them perhaps still being written."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from accel_gpt2.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingPoint:
+    """`bits_per_token` is the mean over the predicted tokens since the previous point."""
+
+    step: int
+    bits_per_token: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationPoint:
+    step: int
+    bits_per_token: float
+    bits_per_byte: float | None
+    best: bool  # the best one up to this step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassCurve:
+    """The log of one class's model, in the order of its steps."""
+
+    class_index: int
+    class_name: str
+    training: tuple[TrainingPoint, ...]
+    validation: tuple[ValidationPoint, ...]
+    num_tokens: int | None  # document tokens trained on
+    peak_memory_bytes: int | None
+
+    @property
+    def num_steps(self) -> int:
+        return max(
+            [point.step for point in self.training] + [point.step for point in self.validation]
+        )
+
+    @property
+    def best(self) -> ValidationPoint | None:
+        """The checkpoint that is evaluated: the last point that was flagged as the best."""
+        flagged = [point for point in self.validation if point.best]
+        return flagged[-1] if flagged else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mistake:
+    """`margin_nats` is log p(x|predicted) - log p(x|label)."""
+
+    document: int
+    label: int
+    prediction: int
+    margin_nats: float
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What a run directory says. What is not there yet is empty or None; `notices` says what was
+    left out because it could not be read."""
+
+    directory: Path
+    recipe: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    command: str | None
+    curves: tuple[ClassCurve, ...]
+    metrics: Mapping[str, Any] | None
+    mistakes: tuple[Mistake, ...]
+    notices: tuple[str, ...]
+
+
+def read_run(run_directory: Path) -> Run:
+    """Read everything that a report shows.
+
+    Raises:
+        UserError: when the directory is not that of a run, or its metrics.json is damaged.
+    """
+    if not run_directory.is_dir():
+        raise UserError(f"{run_directory} is not a directory: give the --output-dir of a training.")
+    if not any((run_directory / name).is_file() for name in ("recipe.yaml", "log.jsonl")):
+        raise UserError(
+            f"{run_directory} is not a run directory, it holds neither recipe.yaml nor log.jsonl: "
+            "give the --output-dir of a training."
+        )
+    notices: list[str] = []
+    plan = _read_optional_mapping(run_directory / "plan.json", notices)
+    curves = _read_curves(run_directory / "log.jsonl", notices)
+    command_path = run_directory / "command.txt"
+    return Run(
+        directory=run_directory,
+        recipe=_read_optional_mapping(run_directory / "recipe.yaml", notices),
+        plan=plan,
+        environment=_read_optional_mapping(run_directory / "environment.json", notices),
+        command=command_path.read_text("utf-8", errors="replace").strip()
+        if command_path.is_file()
+        else None,
+        curves=curves,
+        metrics=_read_metrics(run_directory),
+        mistakes=_read_mistakes(run_directory / "evaluation" / "scores.parquet", notices),
+        notices=tuple(notices),
+    )
+
+
+def _read_optional_mapping(path: Path, notices: list[str]) -> Mapping[str, Any]:
+    """A JSON or YAML mapping that only informs: damage is a notice, not the end of the report."""
+    import yaml
+
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_text("utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict):
+        notices.append(f"{path.name} could not be read and is left out.")
+        return {}
+    return content
+
+
+def _read_metrics(run_directory: Path) -> Mapping[str, Any] | None:
+    path = run_directory / "evaluation" / "metrics.json"
+    if not path.is_file():
+        return None
+    try:
+        metrics = json.loads(path.read_text("utf-8"))
+        complete = {"accuracy", "class_names", "confusion_matrix"} <= set(metrics)
+    except (ValueError, TypeError):
+        complete = False
+    if not complete:
+        raise UserError(
+            f"{path} is damaged or incomplete: write it again with "
+            f"`accel-gpt2 evaluate {run_directory}`."
+        )
+    return dict(metrics)
+
+
+def _read_curves(path: Path, notices: list[str]) -> tuple[ClassCurve, ...]:
+    """Rows of log.jsonl by class. A resumed run repeats rows: the last of each step wins."""
+    if not path.is_file():
+        return ()
+    lines = path.read_text("utf-8", errors="replace").splitlines()
+    rows: dict[tuple[str, int, int], dict[str, Any]] = {}
+    num_unreadable = 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            # The last line may be half-written: the run may be going on at this moment.
+            num_unreadable += bool(line.strip()) and number < len(lines)
+            continue
+        if isinstance(row, dict) and row.get("event") in ("step", "evaluate"):
+            index, step = row.get("class_index"), row.get("step")
+            if isinstance(index, int) and isinstance(step, int):
+                rows[row["event"], index, step] = row
+    if num_unreadable:
+        notices.append(
+            f"{num_unreadable} of {len(lines)} lines of log.jsonl could not be read and are left "
+            "out; a machine that stopped while it wrote leaves such a line."
+        )
+    ordered = [rows[key] for key in sorted(rows, key=lambda key: key[1:])]
+    class_indices = sorted({row["class_index"] for row in ordered})
+    return tuple(
+        _class_curve(index, [row for row in ordered if row["class_index"] == index])
+        for index in class_indices
+    )
+
+
+def _class_curve(class_index: int, rows: Sequence[Mapping[str, Any]]) -> ClassCurve:
+    steps = [row for row in rows if row["event"] == "step"]
+    evaluations = [row for row in rows if row["event"] == "evaluate"]
+    peaks = [int(row["peak_memory_bytes"]) for row in steps if row.get("peak_memory_bytes")]
+    return ClassCurve(
+        class_index=class_index,
+        class_name=str(rows[-1].get("class_name", f"class {class_index}")),
+        training=tuple(
+            TrainingPoint(
+                step=int(row["step"]), bits_per_token=_number(row.get("loss")) / math.log(2)
+            )
+            for row in steps
+        ),
+        validation=tuple(
+            ValidationPoint(
+                step=int(row["step"]),
+                bits_per_token=_number(row.get("validation_bits_per_token")),
+                bits_per_byte=row.get("validation_bits_per_byte"),
+                best=bool(row.get("best")),
+            )
+            for row in evaluations
+        ),
+        num_tokens=max((int(row["tokens"]) for row in steps if row.get("tokens")), default=None),
+        peak_memory_bytes=max(peaks, default=None),
+    )
+
+
+def _number(value: object) -> float:
+    """A missing or null value is a gap in the curve."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _read_mistakes(path: Path, notices: list[str], *, most: int = 10) -> tuple[Mistake, ...]:
+    """The wrong predictions that the models were surest of, surest first."""
+    import pyarrow
+    import pyarrow.parquet
+
+    if not path.is_file():
+        return ()
+    try:
+        table = pyarrow.parquet.read_table(path)
+        columns = {name: table.column(name).to_numpy() for name in table.column_names}
+        label = columns["label"].astype(np.int64)
+        prediction = columns["prediction"].astype(np.int64)
+        num_classes = sum(name.startswith("log_likelihood_") for name in columns)
+        scores: npt.NDArray[np.float64] = np.column_stack(
+            [columns[f"log_likelihood_{index}"] for index in range(num_classes)]
+        )
+        document, num_tokens = columns["document"], columns["num_tokens"]
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError):
+        notices.append("evaluation/scores.parquet could not be read and is left out.")
+        return ()
+    rows = np.arange(len(label))
+    margin = scores[rows, prediction] - scores[rows, label]
+    wrong = np.flatnonzero(prediction != label)
+    surest = wrong[np.argsort(-margin[wrong], kind="stable")][:most]
+    return tuple(
+        Mistake(
+            document=int(document[row]),
+            label=int(label[row]),
+            prediction=int(prediction[row]),
+            margin_nats=float(margin[row]),
+            num_tokens=int(num_tokens[row]),
+        )
+        for row in surest
+    )
