@@ -280,7 +280,7 @@ def assignments_layer(assignments: Sequence[str]) -> Layer:
     """The values of `--set key=value`, each given as a string.
 
     Raises:
-        UsageError: when an assignment has no `=`.
+        UsageError: when an assignment has no `=`, or a key is given twice.
 
     >>> dict(assignments_layer(["trackers=tensorboard,wandb", "max_steps=none"]).values)
     {'trackers': ('tensorboard', 'wandb'), 'max_steps': None}
@@ -291,6 +291,8 @@ def assignments_layer(assignments: Sequence[str]) -> Layer:
         if not equals:
             raise UsageError(f"--set {assignment}: it should be key=value, as in --set seed=1.")
         key = key.strip().replace("-", "_")
+        if key in values:
+            raise UsageError(f"--set {key} is given twice; give it once.")
         values[key] = parse_value(key, text.strip())
     return Layer(origin="--set", values=values)
 

@@ -1,0 +1,85 @@
+"""The run's README: a model card that says what was trained on what, and how well it does."""
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from accel_gpt2.catalog.datasets import DATASETS
+from accel_gpt2.recipe import TrainRecipe
+from accel_gpt2.units import format_count, format_seconds
+
+_TEMPLATE = """\
+# {{ recipe.dataset }}: one {{ recipe.model }} language model per class
+
+A generative classifier: each class has a language model, a document goes to the class under which
+it is most probable (Bayes' rule, {{ recipe.priors }} priors).
+
+- Classes: {% for name in plan.class_names -%}
+{{ name }} ({{ plan.class_counts[loop.index0] }} training documents){{ ", " if not loop.last }}
+{%- endfor %}
+- Model: {{ recipe.model }}, {{ count(plan.num_parameters) }} parameters \
+({{ count(plan.num_trainable_parameters) }} trained), {{ recipe.finetuning }} fine-tuning from \
+{{ "published" if recipe.init == "pretrained" else "random" }} weights
+- Text: {{ plan.data_source }}; at most {{ recipe.max_length }} tokens of a document are read
+{%- if licence %}
+- Licence of the text: {{ licence }}
+{%- endif %}
+- Seed {{ recipe.seed }}; the whole recipe is in `recipe.yaml`, versions in `environment.json`
+
+## Result
+{% if metrics %}
+On {{ metrics.num_documents }} documents of the {{ metrics.split }} split of {{ metrics.dataset }}:
+
+| | accuracy | 95% interval | macro-F1 |
+|---|---|---|---|
+| this classifier | {{ "%.4f"|format(metrics.accuracy) }} | \
+{{ "%.4f to %.4f"|format(*metrics.accuracy_interval_95) }} | {{ "%.4f"|format(metrics.macro_f1) }} |
+| {{ metrics.baseline.name }} | {{ "%.4f"|format(metrics.baseline.accuracy) }} | \
+{{ "%.4f to %.4f"|format(*metrics.baseline.accuracy_interval_95) }} | \
+{{ "%.4f"|format(metrics.baseline.macro_f1) }} |
+| majority class | {{ "%.4f"|format(metrics.majority_class_accuracy) }} | | |
+
+Training took {{ duration(metrics.training.seconds) }} for \
+{{ count(metrics.training.document_tokens) }} document tokens\
+{% if metrics.training.cost_usd is not none %} and \
+${{ "%.2f"|format(metrics.training.cost_usd) }}{% endif %}. \
+Pictures are in `evaluation/report.html`.
+{% else %}
+Not evaluated yet: type `accel-gpt2 evaluate {{ directory }}`.
+{% endif %}
+## Use
+
+    accel-gpt2 predict {{ directory }} "some text"
+
+Each `class-*/final/` is a model that transformers{{ "/peft" if recipe.finetuning == "lora" }} loads
+as it is. Score BOS, the text's tokens and EOS; the likelihood is the sum over all tokens after BOS.
+
+## Limits
+
+The classes are those of the training text, and so are its biases. Raw posteriors of a generative
+classifier are far too sure; the calibrated ones are fitted on held-out training data and hold for
+text like it.
+"""
+
+
+def write_card(
+    run_directory: Path,
+    recipe: TrainRecipe,
+    plan: dict[str, Any],
+    *,
+    metrics: dict[str, Any] | None,
+) -> None:
+    """Write `README.md` into the run directory; `metrics` is None before the evaluation."""
+    row = DATASETS.get(recipe.dataset)
+    template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(_TEMPLATE)
+    text = template.render(
+        recipe=recipe,
+        plan=plan,
+        metrics=metrics,
+        licence=None if row is None else row.licence,
+        directory=run_directory,
+        count=format_count,
+        duration=format_seconds,
+    )
+    (run_directory / "README.md").write_text(text, encoding="utf-8")

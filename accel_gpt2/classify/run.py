@@ -1,0 +1,79 @@
+"""A run directory: its names, and what is read back from it."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accel_gpt2.errors import UserError
+from accel_gpt2.recipe import Layer, TrainRecipe, read_layer, resolve
+from accel_gpt2.train.checkpoint import MANIFEST
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A run directory that has been started: its recipe and its classes."""
+
+    directory: Path
+    recipe: TrainRecipe
+    class_names: tuple[str, ...]
+    class_counts: tuple[int, ...]  # training documents
+
+    def class_directory(self, index: int) -> Path:
+        """Where one class's checkpoints and final model are."""
+        return class_directory(self.directory, index, self.class_names[index])
+
+    def final(self, index: int) -> Path:
+        """The trained model of one class, loadable by transformers or peft."""
+        return self.class_directory(index) / "final"
+
+
+def class_directory(run_directory: Path, index: int, name: str) -> Path:
+    """`class-<index>-<slug>`: readable, and safe on any file system.
+
+    >>> class_directory(Path("runs/a"), 3, "Sci/Tech").name
+    'class-3-sci-tech'
+    """
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "unnamed"
+    return run_directory / f"class-{index}-{slug}"
+
+
+def open_run(directory: Path, *, finished: bool = True) -> Run:
+    """Read a run directory.
+
+    Args:
+        finished: whether every class must be trained.
+
+    Raises:
+        UserError: when it is no run directory, or a class is not trained yet.
+    """
+    recipe_path, plan_path = directory / "recipe.yaml", directory / "plan.json"
+    if not recipe_path.is_file() or not plan_path.is_file():
+        raise UserError(
+            f"{directory} is not a run directory: it has no "
+            f"{'plan.json' if recipe_path.is_file() else 'recipe.yaml'}. Give the folder that "
+            "`accel-gpt2 train` wrote, for instance runs/demo."
+        )
+    # The file holds every key, so nothing of today's defaults gets in.
+    layer = read_layer(recipe_path)
+    recipe = resolve([Layer(origin=layer.origin, values=layer.values)]).recipe
+    plan: dict[str, Any] = json.loads(plan_path.read_text(encoding="utf-8"))
+    run = Run(
+        directory=directory,
+        recipe=recipe,
+        class_names=tuple(plan["class_names"]),
+        class_counts=tuple(plan["class_counts"]),
+    )
+    missing = [
+        name
+        for index, name in enumerate(run.class_names)
+        if not (run.final(index) / MANIFEST).is_file()
+    ]
+    if finished and missing:
+        raise UserError(
+            f"{directory} is not trained to the end: {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing. Go on with "
+            f"`accel-gpt2 train --recipe {recipe_path} --output-dir {directory}`."
+        )
+    return run

@@ -1,0 +1,179 @@
+"""Which documents make up which batch: decided by the recipe, never by the machine.
+
+A *global batch* is what one optimizer step sees. It depends on the lengths, the seed and the epoch
+alone, so one process and eight train the same model, and a resumed run needs only (epoch, batch)
+to go on: nothing is replayed. A *micro batch* is what goes through one device at once; cutting a
+global batch into micro batches changes rounding only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+
+# Documents of similar length share a batch. They are found among this many batches of shuffled
+# documents: enough for little padding, few enough that batches stay a random sample.
+_POOL_BATCHES = 64
+
+# Lengths are blurred by this much before sorting, so that a data set smaller than one pool is not
+# cut into the same batches in every epoch.
+_LENGTH_BLUR = 0.1
+
+
+class Documents(Protocol):
+    """Tokenised documents, on disk or in memory: BOS, tokens, EOS each."""
+
+    @property
+    def lengths(self) -> NDArray[Any]:
+        """Tokens of each document, BOS and EOS included, shape [num_documents]."""
+
+    def document(self, index: int) -> NDArray[Any]:
+        """Token ids of one document, shape [lengths[index]]."""
+
+
+def epoch_batches(
+    lengths: NDArray[Any],
+    *,
+    global_batch_tokens: int | None,
+    global_batch_size: int | None,
+    seed: int,
+    epoch: int,
+) -> list[Indices]:
+    """The global batches of one epoch: each document exactly once, in a seeded order.
+
+    Args:
+        lengths: tokens of each document, BOS and EOS included, shape [num_documents].
+        global_batch_tokens: predicted tokens (length - 1 of each document) per batch at most; a
+            longer document is a batch of its own. Or:
+        global_batch_size: documents per batch.
+        seed: of the recipe.
+        epoch: from 0; each has its own order. The very first batch of epoch 0 holds the longest
+            document, so that a batch that does not fit in memory shows at once, not after hours.
+
+    >>> batches = epoch_batches(np.array([3, 9, 4, 8]), global_batch_tokens=None,
+    ...                         global_batch_size=2, seed=0, epoch=0)
+    >>> sorted(int(i) for batch in batches for i in batch), 1 in batches[0]
+    ([0, 1, 2, 3], True)
+    """
+    if len(lengths) == 0:
+        return []
+    random = np.random.default_rng((seed, epoch))
+    order = random.permutation(len(lengths))
+    predicted = np.asarray(lengths, dtype=np.int64) - 1
+    if global_batch_size is not None:
+        documents_per_batch = float(global_batch_size)
+    else:
+        assert global_batch_tokens is not None, "the recipe gives one of the two"
+        documents_per_batch = max(1.0, global_batch_tokens / max(1.0, float(predicted.mean())))
+    pool_size = max(1, round(_POOL_BATCHES * documents_per_batch))
+
+    batches: list[Indices] = []
+    for start in range(0, len(order), pool_size):
+        pool = order[start : start + pool_size]
+        blur = random.uniform(1 - _LENGTH_BLUR, 1 + _LENGTH_BLUR, size=len(pool))
+        pool = pool[np.argsort(predicted[pool] * blur, kind="stable")]
+        if global_batch_size is not None:
+            ends = list(range(global_batch_size, len(pool), global_batch_size))
+        else:
+            ends = _cut_by_tokens(predicted[pool], global_batch_tokens or 1)
+        batches += np.split(pool, ends)
+
+    shuffled = [batches[i] for i in random.permutation(len(batches))]
+    if epoch == 0:
+        longest = int(np.argmax([predicted[batch].max() for batch in shuffled]))
+        shuffled.insert(0, shuffled.pop(longest))
+    return shuffled
+
+
+def _cut_by_tokens(tokens: Indices, budget: int) -> list[int]:
+    """Where to cut so that each piece is as full as the budget allows, at least one document."""
+    totals = np.concatenate(([0], np.cumsum(tokens)))
+    ends: list[int] = []
+    start = 0
+    while True:
+        end = int(np.searchsorted(totals, totals[start] + budget, side="right")) - 1
+        end = max(end, start + 1)
+        if end >= len(tokens):
+            return ends
+        ends.append(end)
+        start = end
+
+
+def split_micro_batches(
+    lengths: NDArray[Any], batch: Indices, *, world_size: int, micro_batch_tokens: int
+) -> list[list[Indices]]:
+    """Cut a global batch for `world_size` ranks: result[accumulation step][rank] are indices.
+
+    A micro batch holds documents of neighbouring lengths; its padded size (documents x longest) is
+    at most `micro_batch_tokens`, unless one document alone is longer. Every rank gets the same
+    number of micro batches, because collectives need it; an empty one stands where there are fewer
+    documents than ranks.
+    """
+    by_length = batch[np.argsort(-np.asarray(lengths)[batch], kind="stable")]
+    predicted = np.asarray(lengths, dtype=np.int64)[by_length] - 1
+    pieces: list[Indices] = []
+    start = 0
+    while start < len(by_length):
+        count = max(1, micro_batch_tokens // max(1, int(predicted[start])))
+        pieces.append(by_length[start : start + count])
+        start += count
+    while len(pieces) % world_size:
+        widest = max(range(len(pieces)), key=lambda i: len(pieces[i]))
+        piece = pieces[widest]
+        half = (len(piece) + 1) // 2
+        pieces[widest : widest + 1] = [piece[:half], piece[half:]]
+    return [pieces[i : i + world_size] for i in range(0, len(pieces), world_size)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenBatch:
+    """Right-padded documents, shifted for next-token prediction; all arrays [documents, longest].
+
+    Attention needs no mask: it is causal, and what lies right of a document's end is never
+    predicted. `valid` tells real targets from padding by length, never by token id, since GPT-2's
+    EOS would serve as padding too.
+    """
+
+    input_ids: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    valid: NDArray[np.bool_]
+
+    @property
+    def num_tokens(self) -> int:
+        """Predicted tokens: everything after BOS, EOS included, padding not counted."""
+        return int(self.valid.sum())
+
+
+def collate(documents: Sequence[NDArray[Any]]) -> TokenBatch:
+    """Pad whole documents (BOS, tokens, EOS) to the longest.
+
+    No document at all gives one row with nothing to predict, for a rank that has nothing to do but
+    must take part in the step's collectives.
+
+    >>> batch = collate([np.array([9, 5, 6, 9]), np.array([9, 7, 9])])
+    >>> batch.input_ids.tolist(), batch.targets.tolist(), batch.num_tokens
+    ([[9, 5, 6], [9, 7, 0]], [[5, 6, 9], [7, 9, 0]], 5)
+    """
+    longest = max((len(document) for document in documents), default=2)
+    input_ids = np.zeros((max(1, len(documents)), longest - 1), dtype=np.int64)
+    targets = np.zeros_like(input_ids)
+    valid = np.zeros(input_ids.shape, dtype=np.bool_)
+    for row, document in enumerate(documents):
+        end = len(document) - 1
+        input_ids[row, :end] = document[:-1]
+        targets[row, :end] = document[1:]
+        valid[row, :end] = True
+    return TokenBatch(input_ids=input_ids, targets=targets, valid=valid)
+
+
+def scoring_batches(lengths: NDArray[Any], *, micro_batch_tokens: int) -> list[Indices]:
+    """Every document once, longest first, under the padded token budget: for evaluation."""
+    everything = np.arange(len(lengths), dtype=np.int64)
+    cut = split_micro_batches(
+        lengths, everything, world_size=1, micro_batch_tokens=micro_batch_tokens
+    )
+    return [step[0] for step in cut]

@@ -1,0 +1,1 @@
+"""Effects with torch: the loop, the model, the loss, the optimizer, checkpoints."""

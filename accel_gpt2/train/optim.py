@@ -1,0 +1,69 @@
+"""The optimizer and the learning rate of a step."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from accel_gpt2.errors import UserError
+from accel_gpt2.recipe import TrainRecipe
+
+
+def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the trainable parameters; matrices decay, vectors do not.
+
+    Raises:
+        UserError: when the 8-bit optimizer's library is not installed.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    betas = (recipe.adam_beta1, recipe.adam_beta2)
+    match recipe.optimizer:
+        case "adamw":
+            # Fused exists on CPU and CUDA, is several times faster and needs no temporary.
+            return torch.optim.AdamW(
+                groups, lr=recipe.learning_rate, betas=betas, eps=recipe.adam_epsilon, fused=True
+            )
+        case "adamw_8bit":
+            try:
+                from bitsandbytes.optim import AdamW8bit
+            except ImportError:
+                raise UserError(
+                    "optimizer = 'adamw_8bit' needs bitsandbytes, which is not installed; type "
+                    "`pip install bitsandbytes`, or give --optimizer adamw."
+                ) from None
+            optimizer: torch.optim.Optimizer = AdamW8bit(
+                groups, lr=recipe.learning_rate, betas=betas, eps=recipe.adam_epsilon
+            )
+            return optimizer
+        case "adafactor":
+            return torch.optim.Adafactor(groups, lr=recipe.learning_rate)
+
+
+def learning_rate_at(step: int, total_steps: int, recipe: TrainRecipe) -> float:
+    """The learning rate of optimizer step `step` (from 0): warm-up, then the recipe's schedule.
+
+    It counts optimizer steps, whatever the number of processes or accumulated micro batches.
+
+    >>> recipe = TrainRecipe(learning_rate=1.0, warmup_fraction=0.1, lr_schedule="linear")
+    >>> [round(learning_rate_at(step, 100, recipe), 2) for step in (0, 9, 10, 99)]
+    [0.1, 1.0, 1.0, 0.11]
+    """
+    warmup_steps = math.ceil(recipe.warmup_fraction * total_steps)
+    if step < warmup_steps:
+        return recipe.learning_rate * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    match recipe.lr_schedule:
+        case "constant":
+            factor = 1.0
+        case "linear":
+            factor = 1 - progress
+        case "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * progress))
+    floor = recipe.min_learning_rate_fraction
+    return recipe.learning_rate * (floor + (1 - floor) * factor)

@@ -1,0 +1,90 @@
+"""The chunked cross-entropy against torch's and transformers' own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from accel_gpt2.data.batching import collate
+from accel_gpt2.train.loss import chunked_cross_entropy, chunked_log_likelihoods
+from accel_gpt2.train.model import LanguageModel
+
+
+def _problem(num_tokens: int, n_embd: int, vocab_size: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(num_tokens, n_embd, generator=generator)
+    weight = torch.randn(vocab_size, n_embd, generator=generator)
+    bias = torch.randn(vocab_size, generator=generator)
+    targets = torch.randint(vocab_size, (num_tokens,), generator=generator)
+    return hidden, weight, bias, targets
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 50, 1000])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_loss_and_gradients_equal_torchs(chunk_tokens: int, with_bias: bool) -> None:
+    """Value and gradients are those of F.cross_entropy, whatever the chunk."""
+    hidden, weight, bias, targets = _problem(50, 16, 97)
+    inputs = [hidden, weight, *([bias] if with_bias else [])]
+    ours = [x.clone().requires_grad_() for x in inputs]
+    theirs = [x.clone().requires_grad_() for x in inputs]
+    loss = chunked_cross_entropy(
+        ours[0], ours[1], ours[2] if with_bias else None, targets, chunk_tokens
+    )
+    (loss * 0.25).backward()
+    logits = F.linear(theirs[0], theirs[1], theirs[2] if with_bias else None)
+    expected = F.cross_entropy(logits, targets, reduction="sum")
+    (expected * 0.25).backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for mine, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_head_gets_no_gradient() -> None:
+    """With LoRA the head is frozen; only the hidden states get a gradient."""
+    hidden, weight, _, targets = _problem(10, 4, 11)
+    hidden.requires_grad_()
+    chunked_cross_entropy(hidden, weight, None, targets, 4).backward()
+    assert hidden.grad is not None
+    assert weight.grad is None
+
+
+def test_second_backward_fails() -> None:
+    """Gradients are scaled in place, so a second backward pass must not pass silently."""
+    hidden, weight, _, targets = _problem(10, 4, 11)
+    hidden.requires_grad_()
+    loss = chunked_cross_entropy(hidden, weight, None, targets, 4)
+    loss.backward(retain_graph=True)
+    with pytest.raises(TypeError, match="NoneType"):
+        loss.backward()
+
+
+def test_log_likelihoods_are_fp32_under_autocast() -> None:
+    """Scores never go through bf16 logits: autocast changes nothing in the head."""
+    hidden, weight, bias, targets = _problem(20, 8, 30)
+    plain = chunked_log_likelihoods(hidden, weight, bias, targets, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = chunked_log_likelihoods(hidden, weight, bias, targets, 6)
+    assert inside.dtype == torch.float32
+    torch.testing.assert_close(inside, plain, rtol=0, atol=0)
+    expected = F.linear(hidden, weight, bias).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(plain, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_model_loss_equals_transformers_loss() -> None:
+    """Our loss over padded documents is transformers' own over each document alone, to 1e-5."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=101)).eval()
+    generator = torch.Generator().manual_seed(1)
+    documents = [
+        torch.randint(101, (length,), generator=generator).numpy() for length in (5, 17, 9)
+    ]
+    batch = collate(documents)
+    ours = LanguageModel(model, loss_chunk_tokens=4)(
+        *(torch.from_numpy(x) for x in (batch.input_ids, batch.targets, batch.valid))
+    )
+    theirs = 0.0
+    for document in documents:
+        ids = torch.from_numpy(document)[None]
+        theirs += model(input_ids=ids, labels=ids).loss.item() * (len(document) - 1)
+    assert ours.item() == pytest.approx(theirs, rel=1e-5)
