@@ -69,11 +69,12 @@ def write_report(run_directory: Path) -> Path:
     for figure in figures:
         (folder / figure.file_name).write_bytes(figure.light_png)
     page = folder / "report.html"
-    page.write_text(_render(run, figures), encoding="utf-8")
+    page.write_text(render_page(run, figures), encoding="utf-8")
     return page
 
 
-def _render(run: Run, figures: Sequence[FigureOnPage]) -> str:
+def render_page(run: Run, figures: Sequence[FigureOnPage]) -> str:
+    """The page as HTML text; all text from the run is escaped."""
     environment = Environment(
         loader=PackageLoader("accel_gpt2.report", ""),
         autoescape=True,
@@ -83,10 +84,12 @@ def _render(run: Run, figures: Sequence[FigureOnPage]) -> str:
     )
     metrics = run.metrics or {}
     model = metrics.get("model") or run.recipe.get("model")
+    num_parameters = run.plan.get("num_parameters")
+    size = f"{format_count(num_parameters)} parameters per class" if num_parameters else None
     dataset = metrics.get("dataset") or run.recipe.get("dataset")
     return environment.get_template("template.html.j2").render(
         name=run.directory.resolve().name,
-        subtitle=" · ".join(str(x) for x in (model, dataset, metrics.get("split")) if x),
+        subtitle=" · ".join(str(x) for x in (model, size, dataset, metrics.get("split")) if x),
         verdict=_verdict(run),
         notices=run.notices,
         tables_above=[table for table in (_metrics_table(run),) if table],
@@ -234,6 +237,7 @@ def _metrics_table(run: Run) -> Table | None:
         for name, key, show in lines
     ]
     truncated = metrics.get("truncated_documents")
+    description = baseline.get("description")
     return Table(
         title="Results",
         introduction=(
@@ -245,6 +249,7 @@ def _metrics_table(run: Run) -> Table | None:
                 if truncated
                 else ""
             )
+            + (f" The baseline: {description}." if description else "")
         ),
         header=("", "Raw", "Calibrated", str(baseline.get("name") or "Baseline")),
         rows=tuple(row for row in rows if any(value != _UNKNOWN for value in row[1:])),

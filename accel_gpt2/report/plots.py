@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
@@ -104,11 +105,21 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _label(name: str) -> str:
-    """A class name as Matplotlib should show it: short, and with `$` not taken for mathematics."""
-    if len(name) > _LONGEST_LABEL:
-        name = name[: _LONGEST_LABEL - 1].rstrip() + "…"
-    return name.replace("$", r"\$")
+def _labels(class_names: Sequence[str]) -> list[str]:
+    """Class names as Matplotlib can show them: short, on one line, `$` not taken for mathematics.
+
+    A name with letters that the font lacks is shown by its index, for instance `class 3`.
+    """
+    known = get_font(findfont("DejaVu Sans")).get_charmap()
+    labels = []
+    for index, name in enumerate(class_names):
+        label = " ".join(name.split())
+        if not label or any(ord(letter) not in known for letter in label):
+            label = f"class {index}"
+        if len(label) > _LONGEST_LABEL:
+            label = label[: _LONGEST_LABEL - 1].rstrip() + "…"
+        labels.append(label.replace("$", r"\$"))
+    return labels
 
 
 def loss_curves(curves: Sequence[ClassCurve], theme: Theme) -> bytes:
@@ -123,6 +134,7 @@ def loss_curves(curves: Sequence[ClassCurve], theme: Theme) -> bytes:
         num_rows = -(-len(curves) // num_columns)
         size = (7.4 if num_columns == 3 else 9.4, 0.9 + 1.75 * num_rows)
     one_panel = num_columns == 1
+    labels = _labels([curve.class_name for curve in curves])
     with _style(theme):
         figure = Figure(figsize=size, dpi=_DOTS_PER_INCH, layout="constrained")
         grid = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
@@ -132,7 +144,7 @@ def loss_curves(curves: Sequence[ClassCurve], theme: Theme) -> bytes:
             color = theme.series[index] if one_panel else theme.series[0]
             _draw_curve(axes, curve, color=color, theme=theme)
             if not one_panel:
-                axes.set_title(_label(curve.class_name), loc="left")
+                axes.set_title(labels[index], loc="left")
         for axes in panels[len(curves) :] if not one_panel else []:
             axes.set_visible(False)
             # The panel above an empty place has no neighbour below to carry the step numbers.
@@ -151,12 +163,11 @@ def loss_curves(curves: Sequence[ClassCurve], theme: Theme) -> bytes:
         ]
         if one_panel:
             panels[0].legend(handles=kinds, loc="upper right")
-            names = [_label(curve.class_name) for curve in curves]
             figure.legend(
-                [Line2D([], [], color=color, linewidth=3) for color in theme.series[: len(names)]],
-                names,
+                [Line2D([], [], color=color, linewidth=3) for color in theme.series[: len(labels)]],
+                labels,
                 loc="outside upper center",
-                ncols=max(1, int(size[0] / (0.6 + _INCHES_PER_LETTER * max(map(len, names))))),
+                ncols=max(1, int(size[0] / (0.6 + _INCHES_PER_LETTER * max(map(len, labels))))),
             )
         else:
             figure.legend(handles=kinds, loc="outside upper center", ncols=3)
@@ -258,7 +269,7 @@ def _matrix_figure(
     Only the square has a fixed size: labels stand outside it, and saving makes room for them.
     """
     num_classes = len(class_names)
-    labels = [_label(name) for name in class_names]
+    labels = _labels(class_names)
     cell_inches = float(np.clip(4.6 / num_classes, 0.52, 1.15))
     side = cell_inches * num_classes
     largest = largest or max(float(values.max()), 1e-12)
@@ -304,10 +315,14 @@ def _matrix_figure(
     return figure, axes, colorbar
 
 
-def _legible_on(color: tuple[float, float, float, float]) -> str:
-    """White or near-black, whichever stands out more (WCAG 2 relative luminance)."""
-    luminance = np.dot(np.power(color[:3], 2.2), (0.2126, 0.7152, 0.0722))
-    return "#ffffff" if luminance < 0.18 else "#10151b"
+def _legible_on(color: npt.ArrayLike) -> str:
+    """White or black, whichever stands out more on an RGB colour: always 4.5 to 1 or better.
+
+    Relative luminance as WCAG 2.2 defines it; both contrasts are equal at 0.179.
+    """
+    rgb = np.asarray(color)[:3]
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return "#ffffff" if linear @ (0.2126, 0.7152, 0.0722) < 0.179 else "#000000"
 
 
 def reliability_diagram(blocks: Mapping[str, Sequence[Mapping[str, Any]]], theme: Theme) -> bytes:

@@ -96,6 +96,8 @@ def read_run(run_directory: Path) -> Run:
     notices: list[str] = []
     plan = _read_optional_mapping(run_directory / "plan.json", notices)
     curves = _read_curves(run_directory / "log.jsonl", notices)
+    metrics = _read_metrics(run_directory)
+    scores_path = run_directory / "evaluation" / "scores.parquet"
     command_path = run_directory / "command.txt"
     return Run(
         directory=run_directory,
@@ -106,8 +108,9 @@ def read_run(run_directory: Path) -> Run:
         if command_path.is_file()
         else None,
         curves=curves,
-        metrics=_read_metrics(run_directory),
-        mistakes=_read_mistakes(run_directory / "evaluation" / "scores.parquet", notices),
+        metrics=metrics,
+        # Without metrics the scores of some classes may still be missing.
+        mistakes=() if metrics is None else _read_mistakes(scores_path, notices),
         notices=tuple(notices),
     )
 

@@ -49,7 +49,7 @@ def write_trained_run(directory: Path, class_names: list[str], *, num_steps: int
                 }
             )
             if step % 40 == 0:
-                bits = (loss + 0.05) / np.log(2) + (0.2 if step == num_steps else 0.0)
+                bits = (loss + 0.05) / np.log(2) + (0.8 if step == num_steps else 0.0)
                 rows.append(
                     {
                         "event": "evaluate",
@@ -142,13 +142,24 @@ def write_evaluation(directory: Path, class_names: list[str], *, num_documents: 
 
 
 @pytest.fixture
-def trained_run(tmp_path):
-    directory = tmp_path / "runs" / "news tiny"
-    write_trained_run(directory, ["World", "Sports", "Business"])
-    return directory
+def make_run(tmp_path):
+    """A function that writes a run of the given classes, evaluated or not, and returns its path."""
+
+    def make(class_names: list[str], *, evaluated: bool = True) -> Path:
+        directory = tmp_path / "runs" / f"{len(class_names)} classes"
+        write_trained_run(directory, class_names)
+        if evaluated:
+            write_evaluation(directory, class_names)
+        return directory
+
+    return make
 
 
 @pytest.fixture
-def evaluated_run(trained_run):
-    write_evaluation(trained_run, ["World", "Sports", "Business"])
-    return trained_run
+def evaluated_run(make_run):
+    return make_run(["World", "Sports", "Business"])
+
+
+@pytest.fixture
+def trained_run(make_run):
+    return make_run(["World", "Sports", "Business"], evaluated=False)
