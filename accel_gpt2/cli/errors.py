@@ -28,11 +28,11 @@ def outcome(error: BaseException | None) -> tuple[int, str]:
     """
     match error:
         case None:
-            return ExitCode.DONE, ""
+            return int(ExitCode.DONE), ""
         case UserError() | StoppedEarly():
             return int(error.exit_code), str(error)
         case KeyboardInterrupt():
-            return ExitCode.INTERRUPTED, "Interrupted."
+            return int(ExitCode.INTERRUPTED), "Interrupted."
         case typer.Exit():
             return error.exit_code, ""
         case SystemExit():
@@ -42,7 +42,7 @@ def outcome(error: BaseException | None) -> tuple[int, str]:
             text = " ".join(str(error).split()).rstrip(".")
             name = type(error).__name__
             reason = f"{name}: {text}" if text else name
-            return ExitCode.FAILED, f"{reason}. Run again with --debug for the traceback."
+            return int(ExitCode.FAILED), f"{reason}. Run again with --debug for the traceback."
 
 
 def plain_app(name: str | None = None, *, no_args_is_help: bool = False) -> typer.Typer:
