@@ -4,18 +4,22 @@ A launched process reads one file, the resolved recipe, which is stored beside t
 """
 
 import dataclasses
+import functools
 import json
 import os
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 ENVIRONMENT_PREFIX = "ACCEL_GPT2_"
 
@@ -173,16 +177,22 @@ def _unknown_keys(values: Mapping[str, object]) -> list[str]:
 def _validated(
     values: Mapping[str, object], origins: Mapping[str, str]
 ) -> tuple[TrainRecipe | None, list[str]]:
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
         # As JSON, because only there strict reading takes a mapping for a dataclass.
-        text = json.dumps(values, default=str)
-        recipe = TypeAdapter(TrainRecipe).validate_json(text)
+        recipe = _strict_reader().validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         return None, [_sentence(dict(problem), origins) for problem in error.errors()]
     problems = _contradictions(recipe)
     return (None if problems else recipe), problems
+
+
+@functools.cache
+def _strict_reader() -> "TypeAdapter[TrainRecipe]":
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(TrainRecipe)
 
 
 def _sentence(problem: dict[str, Any], origins: Mapping[str, str]) -> str:
@@ -333,7 +343,9 @@ def to_yaml(recipe: TrainRecipe) -> str:
 
     values = dataclasses.asdict(recipe)
     plain = {key: list(x) if isinstance(x, tuple) else x for key, x in values.items()}
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    # PyYAML writes U+0085 (next line) as it is and reads it back as a space, so that is escaped.
+    readable = "\x85" not in json.dumps(plain, ensure_ascii=False)
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=readable)
 
 
 def result_differences(old: TrainRecipe, new: TrainRecipe) -> dict[str, tuple[object, object]]:

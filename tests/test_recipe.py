@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from accel_gpt2.catalog.models import MODELS
@@ -218,7 +218,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_environment_variables_are_recipe_values() -> None:
-    """ACCEL_GPT2_<KEY> sets a key in its own type; other variables with the prefix are left alone."""
+    """ACCEL_GPT2_<KEY> sets a key in its own type; other variables are left alone."""
     layer = environment_layer(
         {
             "ACCEL_GPT2_LEARNING_RATE": "1e-4",
@@ -318,13 +318,17 @@ recipes = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One file for all examples, written over each time."""
+    return tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+
+
+@settings(max_examples=100, deadline=None)
 @given(values=recipes)
-def test_a_written_recipe_is_read_back_equal(
-    tmp_path_factory: pytest.TempPathFactory, values: dict[str, object]
-) -> None:
+@example(values={"class_names": ("a\x85b", "Größe", "\u2028", "no", "1e3")})
+def test_a_written_recipe_is_read_back_equal(recipe_file: Path, values: dict[str, object]) -> None:
     """Whatever a recipe holds, YAML on disk gives the same recipe again."""
     recipe = recipe_of(**values)
-    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    path.write_text(to_yaml(recipe), encoding="utf-8")
-    assert resolve([read_layer(path)]).recipe == recipe
+    recipe_file.write_text(to_yaml(recipe), encoding="utf-8")
+    assert resolve([read_layer(recipe_file)]).recipe == recipe
