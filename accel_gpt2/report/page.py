@@ -1,6 +1,7 @@
 """One self-contained HTML page about a run, and the PNGs that stand on it."""
 
 import base64
+import itertools
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -91,6 +92,9 @@ def render_page(run: Run, figures: Sequence[FigureOnPage]) -> str:
         name=run.directory.resolve().name,
         subtitle=" · ".join(str(x) for x in (model, size, dataset, metrics.get("split")) if x),
         verdict=_verdict(run),
+        next_command=None
+        if run.metrics
+        else f"accel-gpt2 evaluate {shlex.quote(str(run.directory))}",
         notices=run.notices,
         tables_above=[table for table in (_metrics_table(run),) if table],
         figures=figures,
@@ -122,17 +126,16 @@ def _verdict(run: Run) -> list[str]:
 
 
 def _verdict_without_evaluation(run: Run) -> list[str]:
-    command = f"accel-gpt2 evaluate {shlex.quote(str(run.directory))}"
     if not run.curves:
         return [
-            "No training step has been logged yet. When the training has ended, type "
-            f"`{command}` to classify the test documents."
+            "No training step has been logged yet. When the training has ended, this command "
+            "classifies the test documents:"
         ]
     steps = max(curve.num_steps for curve in run.curves)
     models = "model has" if len(run.curves) == 1 else "models have"
     return [
         f"{len(run.curves)} class {models} been trained, for {steps:,} steps at most; no test "
-        f"document has been classified yet. Type `{command}` to do that."
+        "document has been classified yet. This command does that:"
     ]
 
 
@@ -287,25 +290,27 @@ def _class_table(run: Run) -> Table | None:
                 format_count(curve.num_tokens) if curve and curve.num_tokens else _UNKNOWN,
             )
         )
+    header = (
+        "Class",
+        "Test documents",
+        "Recall",
+        "Precision",
+        "F1",
+        "Bits per token",
+        "Bits per byte",
+        "Best step",
+        "Steps",
+        "Tokens trained",
+    )
+    known = [any(row[column] != _UNKNOWN for row in rows) for column in range(len(header))]
     return Table(
         title="Classes",
         introduction=(
             "Bits are those of the validation documents of the class under its own model at the "
             "best step, which is the checkpoint that classifies."
         ),
-        header=(
-            "Class",
-            "Test documents",
-            "Recall",
-            "Precision",
-            "F1",
-            "Bits per token",
-            "Bits per byte",
-            "Best step",
-            "Steps",
-            "Tokens trained",
-        ),
-        rows=tuple(rows),
+        header=tuple(itertools.compress(header, known)),
+        rows=tuple(tuple(itertools.compress(row, known)) for row in rows),
     )
 
 

@@ -199,6 +199,7 @@ def test_a_run_without_evaluation_says_what_to_type(trained_run):
     assert f"accel-gpt2 evaluate '{trained_run}'" in page.text
     assert "3 class models have been trained, for 120 steps at most" in page.text
     assert "Confusion matrix" not in page.text
+    assert "Recall" not in page.text
 
 
 def test_a_run_that_has_only_begun(trained_run):
