@@ -204,7 +204,8 @@ def remove_shared_with_test(
     train: LabelledSplit, rows: NDArray[np.int64], test: LabelledSplit
 ) -> tuple[NDArray[np.int64], list[Treatment]]:
     """The training rows whose text does not stand in the test split."""
-    shared = np.isin(_sortable(train.digests[rows]), _sortable(test.digests))
+    texts = _text_numbers(np.concatenate([train.digests[rows], test.digests]))
+    shared = np.isin(texts[: len(rows)], texts[len(rows) :])
     if not shared.any():
         return rows, []
     treatment = Treatment(
@@ -308,15 +309,19 @@ def content_fingerprint(
     return digest.hexdigest()[:32]
 
 
-def _sortable(digests: NDArray[np.uint64]) -> NDArray[Any]:
-    """Digests as one comparable value each, without a copy where they lie in one piece."""
-    pairs = np.ascontiguousarray(digests, dtype="<u8")
-    return pairs.view([("first", "<u8"), ("second", "<u8")]).reshape(-1)
+def _text_numbers(digests: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """A number per document: equal texts, and only they, have the same one."""
+    numbers = np.zeros(len(digests), dtype=np.int64)
+    # Far faster than np.unique over pairs, which compares them one by one.
+    order = np.lexsort((digests[:, 1], digests[:, 0]))
+    is_new = np.any(digests[order[1:]] != digests[order[:-1]], axis=1)
+    numbers[order[1:]] = np.cumsum(is_new)
+    return numbers
 
 
 def _is_repeated(digests: NDArray[np.uint64]) -> NDArray[np.bool_]:
     """True for every copy of a text but its first."""
-    _, first = np.unique(_sortable(digests), return_index=True)
+    _, first = np.unique(_text_numbers(digests), return_index=True)
     repeated = np.ones(len(digests), dtype=np.bool_)
     repeated[first] = False
     return repeated
@@ -326,9 +331,7 @@ def _has_conflicting_label(
     digests: NDArray[np.uint64], labels: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
     """True for every copy of a text whose copies differ in their labels."""
-    if len(labels) == 0:
-        return np.empty(0, dtype=np.bool_)
-    _, first, text = np.unique(_sortable(digests), return_index=True, return_inverse=True)
+    _, first, text = np.unique(_text_numbers(digests), return_index=True, return_inverse=True)
     differs = labels != labels[first][text]
     conflicting = np.zeros(len(first), dtype=np.bool_)
     conflicting[text[differs]] = True

@@ -5,6 +5,7 @@ for 23 and 46 seconds (measured with datasets 5.2, transformers 5.23) before the
 cache; so the hub is asked once, briefly, and the libraries are then told to stay offline.
 """
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,13 @@ def ask_hub(repo_id: str, repo_type: Literal["dataset", "model"]) -> HubAnswer:
     return answers[0] if answers else HubAnswer.UNREACHABLE
 
 
+def why_unreachable() -> str:
+    """The end of a sentence about a hub that gave no answer."""
+    from huggingface_hub.constants import is_offline_mode
+
+    return "is not asked (HF_HUB_OFFLINE is set)" if is_offline_mode() else "does not answer"
+
+
 def dataset_is_cached(hub_id: str) -> bool:
     """Whether `datasets` has prepared this data set on this machine before (HF_HOME)."""
     import datasets
@@ -73,7 +81,7 @@ def dataset_is_cached(hub_id: str) -> bool:
     return any(Path(datasets.config.HF_DATASETS_CACHE).expanduser().glob(f"{folder}/*/*/*"))
 
 
-def load_hub_splits(hub_id: str, *, reachable: bool) -> dict[str, Any]:
+def load_hub_splits(hub_id: str, *, reachable: bool, progress: bool) -> dict[str, Any]:
     """All splits (`datasets.Dataset`) of a data set on the hub, downloaded or from the cache.
 
     Raises:
@@ -82,9 +90,7 @@ def load_hub_splits(hub_id: str, *, reachable: bool) -> dict[str, Any]:
     import datasets
 
     try:
-        if reachable:
-            return dict(datasets.load_dataset(hub_id))
-        with _datasets_offline():
+        with _datasets_behaviour(offline=not reachable, bars=progress and sys.stderr.isatty()):
             return dict(datasets.load_dataset(hub_id))
     except Exception as error:  # a builder may raise anything on files that it cannot read
         reason = " ".join(str(error).split())[:300]
@@ -94,16 +100,22 @@ def load_hub_splits(hub_id: str, *, reachable: bool) -> dict[str, Any]:
 
 
 @contextmanager
-def _datasets_offline() -> Iterator[None]:
-    # What HF_HUB_OFFLINE=1 does at import, for one call: straight to the cache, no retries.
+def _datasets_behaviour(*, offline: bool, bars: bool) -> Iterator[None]:
+    """Let `datasets` go straight to its cache, or not, and show its progress bars, or not."""
     import datasets
 
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = True
+    was_offline = datasets.config.HF_HUB_OFFLINE
+    had_bars = not datasets.are_progress_bars_disabled()
+    # What HF_HUB_OFFLINE=1 does at import, for one call: no retries.
+    datasets.config.HF_HUB_OFFLINE = was_offline or offline
+    if not bars:
+        datasets.disable_progress_bars()
     try:
         yield
     finally:
-        datasets.config.HF_HUB_OFFLINE = before
+        datasets.config.HF_HUB_OFFLINE = was_offline
+        if had_bars:
+            datasets.enable_progress_bars()
 
 
 def read_hub_split(hub_id: str, name: str, split: Any, choice: FieldChoice) -> RawSplit:

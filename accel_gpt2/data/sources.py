@@ -36,6 +36,7 @@ from accel_gpt2.data.hub import (
     dataset_is_cached,
     load_hub_splits,
     read_hub_split,
+    why_unreachable,
 )
 from accel_gpt2.data.local_files import (
     SUFFIXES,
@@ -309,7 +310,7 @@ def _read_splits(
 
     hub_id = location.hub_id
     answer = _require_hub(location)
-    splits = load_hub_splits(hub_id, reachable=answer is HubAnswer.FOUND)
+    splits = load_hub_splits(hub_id, reachable=answer is HubAnswer.FOUND, progress=progress)
     _require_splits(location, tuple(splits), train_split, test_split)
     names = [name for name in (train_split, test_split) if name in splits]
     others = [name for name in splits if name not in names]
@@ -373,11 +374,13 @@ def _require_hub(location: _Location) -> HubAnswer:
             f"path, a hub id, or one of {', '.join(DATASETS)}."
         )
     known = "" if location.row is not None else nearest(name, list(DATASETS))
+    folder = os.environ.get(DATA_VARIABLE)
+    looked_in = f" (nor under {DATA_VARIABLE}={folder})" if folder else ""
     raise UserError(
-        f"The data set {name} is not on this machine, and the Hugging Face hub, where it would be "
-        f"{location.hub_id}, does not answer.{known} Name a folder that holds it with "
-        f"{DATA_VARIABLE} (FOLDER/{name}/train.parquet and test.parquet, or .csv, .jsonl), give a "
-        f"path with --dataset, or train on text that is already here: {ALWAYS_AVAILABLE}."
+        f"The data set {name} is not on this machine{looked_in}, and the Hugging Face hub, where "
+        f"it would be {location.hub_id}, {why_unreachable()}.{known} Name a folder that holds it "
+        f"with {DATA_VARIABLE} (FOLDER/{name}/train.parquet and test.parquet, or .csv, .jsonl), "
+        f"give a path with --dataset, or train on text that is already here: {ALWAYS_AVAILABLE}."
     )
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.data.cache import cached_file, content_key
-from accel_gpt2.data.hub import HubAnswer, ask_hub
+from accel_gpt2.data.hub import HubAnswer, ask_hub, why_unreachable
 from accel_gpt2.data.progress import document_progress
 from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import TrainRecipe
@@ -35,7 +35,7 @@ class EncodedDocument:
     """One document as a model sees it.
 
     `token_ids` are BOS, tokens, EOS (int64). `num_bytes` counts the UTF-8 bytes of the text that
-    the tokens stand for: all of it unless `truncated`.
+    the tokens stand for: all of it unless `truncated` (a character cut in its middle counts whole).
     """
 
     token_ids: NDArray[np.int64]
@@ -160,8 +160,8 @@ def _from_pretrained(name: str) -> TextTokenizer:
             )
         if answer is HubAnswer.UNREACHABLE:
             raise UserError(
-                f"The tokenizer {name} is not on this machine and the Hugging Face hub does not "
-                f"answer; fetch it where there is a network with `hf download {name}` (HF_HOME "
+                f"The tokenizer {name} is not on this machine and the Hugging Face hub "
+                f"{why_unreachable()}; fetch it where there is a network with `hf download {name}` (HF_HOME "
                 "names the cache), or give --set tokenizer=DIRECTORY, or --init scratch with "
                 "--set tokenizer=train."
             )
