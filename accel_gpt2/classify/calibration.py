@@ -150,7 +150,8 @@ def fit_calibration(
 
     def calibration(parameters: FloatArray) -> Calibration:
         log_scale, slope, bias = np.split(parameters, [1, 1 + num_classes])
-        slope, bias = slope - slope.mean(), bias - bias.mean()
+        # Both are centred as they are: residuals sum to zero over classes, so the search, which
+        # begins at zero, never leaves the centred parameters.
         slope_per_token = slope / length_deviation if length_deviation else np.zeros(num_classes)
         bias_at_zero = bias - slope_per_token * mean_length
         return Calibration(

@@ -29,7 +29,7 @@ def classification_metrics(
     class_names: Sequence[str],
     *,
     seed: int = 0,
-    num_bootstrap: int = 2000,
+    num_bootstrap: int = 10_000,
 ) -> dict[str, Any]:
     """Everything about the predictions on one split.
 
@@ -212,7 +212,7 @@ def paired_accuracy_difference_interval(
     correct_b: npt.ArrayLike,
     seed: int = 0,
     *,
-    num_bootstrap: int = 2000,
+    num_bootstrap: int = 10_000,
 ) -> list[float]:
     """95% percentile bootstrap interval of accuracy(a) - accuracy(b) on the same documents."""
     a, b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)

@@ -16,7 +16,7 @@ from accel_gpt2.report import plots
 from accel_gpt2.report.read import ClassCurve, TrainingPoint, ValidationPoint
 
 AWKWARD = [
-    "a $x$ and $y$",
+    "a $\\bad{$ and $y$",
     "_under",
     "中文",
     "two\nlines",
