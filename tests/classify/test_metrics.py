@@ -141,7 +141,7 @@ def test_intervals_equal_scipys_bootstrap():
         lambda a, b: sk.f1_score(a, b, average="macro"),
         paired=True,
         vectorized=False,
-        n_resamples=600,
+        n_resamples=400,
         method="percentile",
         rng=rng,
     ).confidence_interval
@@ -185,7 +185,7 @@ def test_one_class_only_has_no_auroc():
     assert metrics.probability_metrics([1, 1], np.log([[0.4, 0.6], [0.7, 0.3]]))["auroc"] is None
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(num_documents=st.integers(2, 40), num_classes=st.integers(2, 6), seed=st.integers(0, 10**6))
 def test_metrics_stay_in_their_ranges(num_documents, num_classes, seed):
     """On any scores rates lie in [0, 1], Brier in [0, 2], and the interval holds the accuracy."""

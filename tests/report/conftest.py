@@ -141,12 +141,12 @@ def write_evaluation(directory: Path, class_names: list[str], *, num_documents: 
     return content
 
 
-@pytest.fixture
-def make_run(tmp_path):
+@pytest.fixture(scope="session")
+def make_run(tmp_path_factory):
     """A function that writes a run of the given classes, evaluated or not, and returns its path."""
 
     def make(class_names: list[str], *, evaluated: bool = True) -> Path:
-        directory = tmp_path / "runs" / f"{len(class_names)} classes"
+        directory = tmp_path_factory.mktemp("runs") / f"{len(class_names)} classes"
         write_trained_run(directory, class_names)
         if evaluated:
             write_evaluation(directory, class_names)

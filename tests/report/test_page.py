@@ -71,14 +71,22 @@ def report_text(directory):
     return Page(render_page(read_run(directory), []))
 
 
+@pytest.fixture(scope="module")
+def written(make_run):
+    """An evaluated run, its report as first written, and the page of the second writing."""
+    directory = make_run(["World", "Sports", "Business"])
+    first = write_report(directory).read_text("utf-8")
+    return directory, first, report(directory)
+
+
 def change_metrics(directory, **changes):
     path = directory / "evaluation" / "metrics.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_nothing_is_requested_from_outside(evaluated_run):
+def test_nothing_is_requested_from_outside(written):
     """Every source is a data URI; no script, style sheet, font or link leaves the page."""
-    page = report(evaluated_run)
+    _, _, page = written
     sources = [x for x in page.attributes if x[1] in {"src", "srcset", "href", "action", "data"}]
     assert len(sources) == 2 * len(FIGURES)
     assert all(value.startswith("data:image/png;base64,") for _, _, value in sources)
@@ -87,12 +95,11 @@ def test_nothing_is_requested_from_outside(evaluated_run):
     assert not re.search(r"https?:|//|url\(|@import", without_pictures)
 
 
-def test_the_pictures_are_the_files_beside_the_page(evaluated_run):
+def test_the_pictures_are_the_files_beside_the_page(written):
     """Four PNGs are written, embedded and joined by a dark one each; a second page is equal."""
-    first = write_report(evaluated_run).read_text("utf-8")
-    page = report(evaluated_run)
+    directory, first, page = written
     assert page.html == first
-    folder = evaluated_run / "evaluation"
+    folder = directory / "evaluation"
     assert sorted(path.name for path in folder.glob("*.png")) == sorted(FIGURES)
     embedded = [
         base64.b64decode(value.partition(",")[2])
@@ -112,9 +119,9 @@ def test_text_from_data_is_escaped(make_run):
     (directory / "command.txt").write_text(f"train --dataset {evil}")
     (directory / "environment.json").write_text(json.dumps({evil: "<img src=http://x>"}))
     change_metrics(directory, model=evil, baseline={"name": evil, "accuracy": 0.5})
-    page = report(directory)
+    page = report_text(directory)
     assert "script" not in page.tags
-    assert page.tags.count("img") == 4
+    assert "img" not in page.tags
     assert page.text.count(evil) >= 5
 
 
