@@ -37,6 +37,7 @@ _ROWS = (
         licence="BSD-3-Clause (torch, pandas, scikit-learn) and Apache-2.0 (transformers)",
         source="the docstrings of the installed libraries, read with ast, never imported",
         test_fraction=0.2,
+        token_length_percentiles=(111, 666, 2198),
     ),
     DatasetSpec(
         name="imdb",
@@ -67,6 +68,7 @@ _ROWS = (
         licence="CC BY 4.0; cite Almeida et al. 2011",
         source="https://archive.ics.uci.edu/dataset/228/sms+spam+collection",
         test_fraction=0.2,
+        token_length_percentiles=(19, 47, 76),
     ),
 )
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+from huggingface_hub import HfApi
 
 from accel_gpt2.data.raw import (
     FieldChoice,
@@ -43,7 +44,6 @@ def ask_hub(repo_id: str, repo_type: Literal["dataset", "model"]) -> HubAnswer:
 
     Honours HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN and proxies, as huggingface_hub does.
     """
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     answers: list[HubAnswer] = []

@@ -161,9 +161,9 @@ def _from_pretrained(name: str) -> TextTokenizer:
         if answer is HubAnswer.UNREACHABLE:
             raise UserError(
                 f"The tokenizer {name} is not on this machine and the Hugging Face hub "
-                f"{why_unreachable()}; fetch it where there is a network with `hf download {name}` (HF_HOME "
-                "names the cache), or give --set tokenizer=DIRECTORY, or --init scratch with "
-                "--set tokenizer=train."
+                f"{why_unreachable()}; fetch it where there is a network with `hf download {name}` "
+                "(HF_HOME names the cache), or give --set tokenizer=DIRECTORY, or --init scratch "
+                "with --set tokenizer=train."
             )
         return _load(name, name, local_files_only=False)
     return _load(name, name, local_files_only=True)

@@ -1,4 +1,4 @@
-"""A cache folder of its own for every test, small files, and a hub on this machine."""
+"""A cache folder of its own for every test, and a hub on this machine."""
 
 import hashlib
 import http.server
@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 
-from accel_gpt2.recipe import TrainRecipe
-
-CLASSES = ("cat", "dog")
 COMMIT = "a" * 40
 
 
@@ -31,25 +28,6 @@ def folder(tmp_path: Path) -> Path:
     path = tmp_path / "pets"
     path.mkdir()
     return path
-
-
-def pets(count: int, start: int = 0) -> list[tuple[str, str]]:
-    """Different (text, label) pairs; the labels alternate between the two classes."""
-    return [
-        (f"the {CLASSES[i % 2]} number {i}", CLASSES[i % 2]) for i in range(start, start + count)
-    ]
-
-
-def write_csv(path: Path, rows: list[tuple[str, Any]], header: str = "text,label") -> Path:
-    """Rows as a CSV with every text quoted."""
-    lines = [header] + ['"{}",{}'.format(t.replace('"', '""'), label) for t, label in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def recipe(dataset: Path | str, **values: Any) -> TrainRecipe:
-    """A recipe for a data set; everything else is the default."""
-    return TrainRecipe(dataset=str(dataset), **values)
 
 
 @pytest.fixture
