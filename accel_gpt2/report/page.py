@@ -322,9 +322,9 @@ def _mistakes_table(run: Run) -> Table | None:
         title="Surest mistakes",
         introduction=(
             "The wrong answers with the largest log-likelihood of the predicted class over that of "
-            "the label. Read these documents first: wrong labels and odd texts gather here."
+            "the label. Read these documents first (rows count from 0): wrong labels and odd texts gather here."
         ),
-        header=("Label", "Prediction", "Row of the split", "Nats apart", "Tokens"),
+        header=("Label", "Prediction", "Row of the source", "Nats apart", "Tokens"),
         rows=tuple(
             (
                 names[mistake.label],

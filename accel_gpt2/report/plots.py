@@ -151,7 +151,10 @@ def loss_curves(curves: Sequence[ClassCurve], theme: Theme) -> bytes:
         for column in range(num_columns):
             shown = [row for row in range(num_rows) if grid[row, column].get_visible()]
             grid[shown[-1], column].tick_params(labelbottom=True)
-        panels[0].xaxis.set_major_locator(MaxNLocator(nbins=5 if one_panel else 3, integer=True))
+        panels[0].xaxis.set_major_locator(
+            MaxNLocator(nbins=6 if one_panel else 3, steps=[1, 2, 5, 10], integer=True)
+        )
+        panels[0].set_xlim(left=0)
         figure.supxlabel("optimizer step", fontsize=9.5)
         figure.supylabel("bits per token", fontsize=9.5)
 

@@ -55,7 +55,8 @@ class ClassCurve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mistake:
-    """`margin_nats` is log p(x|predicted) - log p(x|label)."""
+    """`document` is its row in the source split, from 0; `margin_nats` is log p(x|predicted) -
+    log p(x|label)."""
 
     document: int
     label: int
