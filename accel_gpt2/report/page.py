@@ -322,7 +322,8 @@ def _mistakes_table(run: Run) -> Table | None:
         title="Surest mistakes",
         introduction=(
             "The wrong answers with the largest log-likelihood of the predicted class over that of "
-            "the label. Read these documents first (rows count from 0): wrong labels and odd texts gather here."
+            "the label. Read these documents first (rows count from 0): wrong labels and odd "
+            "texts gather here."
         ),
         header=("Label", "Prediction", "Row of the source", "Nats apart", "Tokens"),
         rows=tuple(

@@ -182,6 +182,7 @@ def _draw_curve(axes: Axes, curve: ClassCurve, *, color: str, theme: Theme) -> N
         [point.step for point in curve.training],
         [point.bits_per_token for point in curve.training],
         color=color,
+        marker="." if len(curve.training) == 1 else "",  # one point makes no line
         linewidth=1,
         alpha=0.6,
     )
