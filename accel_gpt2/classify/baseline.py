@@ -65,7 +65,8 @@ def tfidf_logistic_regression(
         seconds=time.perf_counter() - start,
         description=(
             f"TF-IDF ({features}, sublinear, min_df {vectorizer.min_df}, "
-            f"{train_features.shape[1]:,} features) + logistic regression (C={_INVERSE_REGULARISATION:g}), trained on the "
-            f"{len(train_texts):,} training documents without the validation documents"
+            f"{train_features.shape[1]:,} features) + logistic regression "
+            f"(C={_INVERSE_REGULARISATION:g}), trained on the {len(train_texts):,} training "
+            "documents without the validation documents"
         ),
     )
