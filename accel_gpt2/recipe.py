@@ -92,7 +92,7 @@ class TrainRecipe:
     profile: str = "auto"
     micro_batch_tokens: Annotated[int, Ge(1)] = 4096  # padded tokens that go through at once
     gradient_checkpointing: bool = False
-    loss_chunk_tokens: Annotated[int, Ge(1)] = 1024  # rows of logits that exist at once
+    loss_chunk_tokens: Annotated[int, Ge(1)] = 512  # rows of logits that exist at once
     checkpoint_every_steps: Annotated[int, Ge(1)] | None = None  # None: at every evaluation
     keep_checkpoints: Annotated[int, Ge(1)] = 2  # the last N; the best one is kept besides
     log_every_steps: Annotated[int, Ge(1)] = 10

@@ -99,7 +99,6 @@ def evaluate_run(
             plan = json.loads((run_directory / "plan.json").read_text(encoding="utf-8"))
             write_card(run_directory, run.recipe, plan, metrics=metrics)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
     return metrics
 
 

@@ -113,7 +113,8 @@ def fit(
                 progress=progress,
                 resume=resume,
             )
-        accelerator.end_training()
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 def prepare_data(recipe: TrainRecipe, *, progress: bool) -> PreparedData:
@@ -394,7 +395,7 @@ def _publish_final(job: ClassTraining, tokenizer: TextTokenizer, state: TrainSta
     job.model.load_trainable_state(best.weights)
 
     def write(staging: Path) -> None:
-        _save_pretrained(job.model, staging)
+        job.model.save_pretrained(staging)
         tokenizer.save(staging)
         record = {
             "class_index": job.identity.class_index,
@@ -410,13 +411,6 @@ def _publish_final(job: ClassTraining, tokenizer: TextTokenizer, state: TrainSta
         write_json(staging / TRAINING_RECORD, record)
 
     publish_directory(job.directory / "final", write)
-
-
-def _save_pretrained(model: LanguageModel, directory: Path) -> None:
-    config = model.transformers_model.config
-    config.use_cache = True
-    model.model.save_pretrained(directory)  # type: ignore[operator]
-    config.use_cache = False
 
 
 def _calibrate(run: Run, data: PreparedData, progress: TrainProgress) -> None:

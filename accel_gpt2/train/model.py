@@ -82,6 +82,14 @@ class LanguageModel(nn.Module):
             if parameter.requires_grad
         }
 
+    def save_pretrained(self, directory: Path) -> None:
+        """Write the model, or its adapter, as transformers or peft loads it."""
+        config = self.transformers_model.config
+        config.use_cache = True  # for whoever generates text with it
+        with quiet_transformers():
+            self.model.save_pretrained(directory)  # type: ignore[operator]
+        config.use_cache = False
+
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
         """Copy a checkpoint's tensors in place.
 
@@ -168,7 +176,7 @@ def load_final(directory: Path, recipe: TrainRecipe) -> LanguageModel:
     """A trained class from its `final/` directory, full or adapter, ready to score."""
     from transformers import AutoModelForCausalLM
 
-    with _quiet_transformers():
+    with quiet_transformers():
         if (directory / "adapter_config.json").is_file():
             from peft import PeftModel
 
@@ -195,7 +203,7 @@ def _pretrained(recipe: TrainRecipe) -> Any:
 
     location = weights_location(recipe.model)
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             config = AutoConfig.from_pretrained(location, trust_remote_code=False)
             _apply_recipe(config, recipe)
             return AutoModelForCausalLM.from_pretrained(
@@ -297,8 +305,8 @@ def _check_logits(model: LanguageModel, vocab_size: int) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No loading bars or reports of transformers' own: our progress line is the only talk."""
+def quiet_transformers() -> Iterator[None]:
+    """No bars or reports of transformers' own: our progress line is the only talk."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()

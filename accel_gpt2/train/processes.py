@@ -60,6 +60,13 @@ def build_accelerator(recipe: TrainRecipe, run_directory: Path | None = None) ->
     return accelerator
 
 
+def leave_processes() -> None:
+    """End the process group, if there is one: the last thing that a launched process does."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def current_gpu(accelerator: Any) -> GpuSpec | None:
     """The catalog row of the GPU in use; None on a CPU and for a GPU that has no row."""
     if accelerator.device.type != "cuda":

@@ -1,0 +1,285 @@
+"""Training end to end: the run directory, exact resume, accumulation, LoRA, signals, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from accel_gpt2.classify.evaluate import evaluate_run
+from accel_gpt2.classify.fit import fit
+from accel_gpt2.classify.run import open_run
+from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
+from accel_gpt2.recipe import to_yaml
+from accel_gpt2.train.checkpoint import list_checkpoints, verify
+
+from .conftest import read_log, resolve_tiny
+
+# Dropout draws other numbers for other shapes. AdamW divides by the gradient's size, so where that
+# is near its default epsilon of 1e-8 it would turn a rounding difference into a whole step.
+ROUNDING_STAYS_SMALL: dict[str, Any] = {"dropout": 0.0, "adam_epsilon": 1e-5, "max_steps": 6}
+
+
+def _final_weights(run: Path) -> list[dict[str, torch.Tensor]]:
+    files = sorted(run.glob("class-*/final/*.safetensors"))
+    assert len(files) == 3, files
+    return [load_file(file) for file in files]
+
+
+def _assert_equal_weights(a: Path, b: Path, *, rtol: float) -> None:
+    for mine, other in zip(_final_weights(a), _final_weights(b), strict=True):
+        assert mine.keys() == other.keys()
+        for name, tensor in mine.items():
+            torch.testing.assert_close(tensor, other[name], rtol=rtol, atol=rtol)
+
+
+def _send_at_step(log: Path, step: int, number: int, *, class_index: int) -> threading.Thread:
+    """A signal to this process once the log shows that a class has reached a step."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            rows = [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
+            if any(row["class_index"] == class_index and row["step"] >= step for row in rows):
+                os.kill(os.getpid(), number)
+                return
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_run_directory_is_as_described(trained_run: Path) -> None:
+    """Everything DESIGN names is there, and every checkpoint and final verifies."""
+    for name in (
+        "recipe.yaml",
+        "plan.json",
+        "command.txt",
+        "environment.json",
+        "log.jsonl",
+        "README.md",
+        "calibration.json",
+    ):
+        assert (trained_run / name).is_file(), name
+    run = open_run(trained_run)
+    assert run.class_names == ("kitchen", "orbit", "river")
+    for index in range(3):
+        folder = run.class_directory(index)
+        checkpoints = list_checkpoints(folder)
+        assert 1 <= len(checkpoints) <= run.recipe.keep_checkpoints + 1
+        for directory in [*checkpoints, folder / "best", folder / "final"]:
+            verify(directory)
+        assert (folder / "best").is_symlink()
+
+
+def test_losses_fall_and_the_best_checkpoint_is_the_one_with_least_bits(trained_run: Path) -> None:
+    """Each class learns; `best` is the evaluation with the lowest validation bits per token."""
+    rows = read_log(trained_run)
+    for index in range(3):
+        losses = [r["loss"] for r in rows if r["event"] == "step" and r["class_index"] == index]
+        assert np.mean(losses[-3:]) < losses[0] - 0.5
+        evaluations = [r for r in rows if r["event"] == "evaluate" and r["class_index"] == index]
+        best = min(evaluations, key=lambda row: row["validation_bits_per_token"])
+        (folder,) = trained_run.glob(f"class-{index}-*")
+        assert (folder / "best").resolve().name == f"checkpoint-{best['step']}"
+    joint = [r["joint_validation_accuracy"] for r in rows if r["event"] == "evaluate"]
+    assert joint[0] is None  # no other class is trained yet
+    assert joint[-1] is not None
+
+
+def test_final_loads_with_plain_transformers(trained_run: Path) -> None:
+    """final/ is an ordinary transformers model with its tokenizer, head tied, nothing missing."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    final = next(trained_run.glob("class-0-*/final"))
+    model, report = AutoModelForCausalLM.from_pretrained(final, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert model.lm_head.weight is model.transformer.wte.weight
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    ids = tokenizer("the old boat", return_tensors="pt").input_ids
+    assert torch.isfinite(model(input_ids=ids, labels=ids).loss)
+
+
+def test_a_second_start_trains_nothing(
+    trained_run: Path, texts_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is finished is not done again."""
+    before = (trained_run / "log.jsonl").read_text()
+    fit(resolve_tiny(texts_file), trained_run, quiet=True)
+    assert (trained_run / "log.jsonl").read_text() == before
+    assert capsys.readouterr().err.count("is trained already") == 3
+
+
+@pytest.mark.parametrize(
+    ("step", "class_index"), [(2, 0), (8, 1)], ids=["first-epoch", "second-class-second-epoch"]
+)
+def test_stopped_and_resumed_equals_uninterrupted(
+    trained_run: Path, texts_file: Path, tmp_path: Path, step: int, class_index: int
+) -> None:
+    """SIGTERM saves and ends with 75; resumed losses and tensors are the same, bit for bit."""
+    run = tmp_path / "halves"
+    thread = _send_at_step(run / "log.jsonl", step, signal.SIGTERM, class_index=class_index)
+    with pytest.raises(StoppedEarly, match="the work is saved") as stopped:
+        fit(resolve_tiny(texts_file), run, quiet=True)
+    thread.join()
+    assert stopped.value.exit_code == ExitCode.STOPPED
+    fit(resolve_tiny(texts_file), run, quiet=True)
+    _assert_equal_weights(run, trained_run, rtol=0)
+    for whole, halves in zip(*(_losses(path) for path in (trained_run, run)), strict=True):
+        assert whole == halves
+    assert any(row["event"] == "resume" for row in read_log(run))
+
+
+def _losses(run: Path) -> list[tuple[int, int, float]]:
+    rows = {
+        (row["class_index"], row["step"]): row["loss"]
+        for row in read_log(run)
+        if row["event"] == "step"
+    }
+    return [(*key, loss) for key, loss in sorted(rows.items())]
+
+
+def test_small_micro_batches_equal_one_large_one(texts_file: Path, tmp_path: Path) -> None:
+    """Accumulating over micro batches trains the same model as the global batch at once."""
+    for name, tokens in (("large", 4096), ("small", 24)):
+        fit(
+            resolve_tiny(texts_file, micro_batch_tokens=tokens, **ROUNDING_STAYS_SMALL),
+            tmp_path / name,
+            quiet=True,
+        )
+    _assert_equal_weights(tmp_path / "small", tmp_path / "large", rtol=1e-5)
+    losses = [np.array([x[2] for x in _losses(tmp_path / n)]) for n in ("small", "large")]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("finetuning", ["full", "lora"])
+def test_two_processes_train_the_model_of_one(
+    trained_run: Path, texts_file: Path, tmp_path: Path, finetuning: str
+) -> None:
+    """Two gloo processes with their own micro batches: same losses, same weights, same scores."""
+    changes = {**ROUNDING_STAYS_SMALL, "micro_batch_tokens": 64}
+    if finetuning == "lora":
+        base = str(next(trained_run.glob("class-0-*/final")))
+        changes |= {"model": base, "init": "pretrained", "tokenizer": "auto", "finetuning": "lora"}
+    resolved = resolve_tiny(texts_file, **changes)
+    fit(resolved, tmp_path / "one", quiet=True)
+    one = evaluate_run(tmp_path / "one", quiet=True)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(resolved.recipe))
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+            *("--master_port", str(29_700 + os.getpid() % 200)),
+            *(
+                str(Path(__file__).with_name("two_processes.py")),
+                str(recipe),
+                str(tmp_path / "two"),
+            ),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert json.loads((tmp_path / "two" / "plan.json").read_text())["world_size"] == 2
+    _assert_equal_weights(tmp_path / "two", tmp_path / "one", rtol=1e-5)
+    losses = [np.array([x[2] for x in _losses(tmp_path / n)]) for n in ("one", "two")]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    tables = [
+        pq.read_table(tmp_path / n / "evaluation" / "scores.parquet").to_pandas()
+        for n in ("one", "two")
+    ]
+    assert tables[0]["document"].is_unique
+    assert (tables[0]["document"] == tables[1]["document"]).all()
+    columns = [f"log_likelihood_{index}" for index in range(3)]
+    np.testing.assert_allclose(tables[1][columns], tables[0][columns], atol=1e-3)
+    two = json.loads((tmp_path / "two" / "evaluation" / "metrics.json").read_text())
+    assert two["confusion_matrix"] == one["confusion_matrix"]
+
+
+def test_lora_on_a_pretrained_directory(
+    trained_run: Path, texts_file: Path, tmp_path: Path
+) -> None:
+    """LoRA trains adapters on a local model, resumes after a stop, and loads with plain peft."""
+    from peft import AutoPeftModelForCausalLM
+
+    base = next(trained_run.glob("class-0-*/final"))
+    recipe = resolve_tiny(
+        texts_file,
+        model=str(base),
+        init="pretrained",
+        tokenizer="auto",
+        finetuning="lora",
+        learning_rate=1e-3,
+        max_steps=8,
+    )
+    fit(recipe, tmp_path / "whole", quiet=True)
+    run = tmp_path / "halves"
+    _send_at_step(run / "log.jsonl", 3, signal.SIGTERM, class_index=1)
+    with pytest.raises(StoppedEarly, match="SIGTERM"):
+        fit(recipe, run, quiet=True)
+    fit(recipe, run, quiet=True)
+    _assert_equal_weights(run, tmp_path / "whole", rtol=0)
+    final = next(run.glob("class-1-*/final"))
+    model = AutoPeftModelForCausalLM.from_pretrained(final)
+    assert any("lora_A" in name for name, _ in model.named_parameters())
+
+
+def test_time_limit_saves_and_says_so(texts_file: Path, tmp_path: Path) -> None:
+    """--max-time ends with exit code 4 after saving; a longer limit goes on and finishes."""
+    with pytest.raises(StoppedEarly, match=r"time limit of 0\.1 s") as stopped:
+        fit(resolve_tiny(texts_file, max_time_seconds=0.1), tmp_path / "run", quiet=True)
+    assert stopped.value.exit_code == ExitCode.LIMIT_REACHED
+    fit(resolve_tiny(texts_file, max_time_seconds=600.0), tmp_path / "run", quiet=True)
+    assert len(_final_weights(tmp_path / "run")) == 3
+
+
+def test_another_recipe_in_the_same_directory_is_refused(
+    trained_run: Path, texts_file: Path
+) -> None:
+    """Going on with another learning rate would mix two experiments; the difference is named."""
+    with pytest.raises(UserError, match=r"learning_rate was 0\.003 and is 0\.5"):
+        fit(resolve_tiny(texts_file, learning_rate=0.5), trained_run, quiet=True)
+
+
+def test_damaged_newest_checkpoint_falls_back(
+    texts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint with a flipped byte is named and skipped; the one before it is used."""
+    run = tmp_path / "run"
+    recipe = resolve_tiny(texts_file, checkpoint_every_steps=2)
+    _send_at_step(run / "log.jsonl", 5, signal.SIGTERM, class_index=0)
+    with pytest.raises(StoppedEarly, match="SIGTERM"):
+        fit(recipe, run, quiet=True)
+    newest, before = list_checkpoints(next(run.glob("class-0-*")))[:2]
+    weights = newest / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    fit(recipe, run, quiet=True)
+    talk = capsys.readouterr().err
+    assert f"{newest} is damaged: the content of model.safetensors has changed" in talk
+    assert f"goes on from {before}" in talk
+
+
+@pytest.mark.parametrize("changes", [{"learning_rate": 1e30, "max_grad_norm": 0.0}])
+def test_a_loss_that_is_not_finite_stops_the_run(
+    texts_file: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Nothing is saved from numbers that went wrong, and the message says what to change."""
+    with pytest.raises(UserError, match="smaller --learning-rate"):
+        fit(resolve_tiny(texts_file, **changes), tmp_path / "run", quiet=True)
+    assert not list((tmp_path / "run").glob("class-*/final"))

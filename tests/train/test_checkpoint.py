@@ -1,0 +1,141 @@
+"""Checkpoints are whole or not there."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from accel_gpt2.errors import UserError
+from accel_gpt2.train.checkpoint import (
+    Identity,
+    TrainState,
+    list_checkpoints,
+    newest_checkpoint,
+    point_best_at,
+    read_checkpoint,
+    rotate,
+    save_checkpoint,
+    verify,
+)
+
+IDENTITY = Identity(
+    class_index=0, class_name="a", data_fingerprint="d", tokenizer_fingerprint="t", recipe={}
+)
+
+
+def _save(folder: Path, step: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    weight = torch.nn.Parameter(torch.full((4, 3), float(step)))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    return save_checkpoint(
+        folder,
+        state=TrainState(step=step, tokens=10 * step),
+        identity=IDENTITY,
+        weights={"w": weight.detach()},
+        optimizer={"optimizer": optimizer.state_dict(), "scaler": None},
+        random_states=[{"cpu": torch.get_rng_state()}],
+    )
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    """State, weights, optimizer and random state come back as they were."""
+    directory = _save(tmp_path / "c", 7)
+    checkpoint = read_checkpoint(directory)
+    assert checkpoint.state == TrainState(step=7, tokens=70)
+    assert checkpoint.identity == IDENTITY
+    assert checkpoint.optimizer["optimizer"]["state"][0]["step"] == 1
+    assert torch.equal(checkpoint.random_states[0]["cpu"], torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda d: (d / "state.json").write_text("{}"), r"state.json has 2 bytes"),
+        (lambda d: (d / "manifest.json").unlink(), "it has no manifest.json"),
+        (lambda d: (d / "manifest.json").write_text("{"), "cannot be read"),
+    ],
+    ids=["missing", "truncated", "no-manifest", "broken-manifest"],
+)
+def test_damage_is_named_and_the_older_one_is_used(tmp_path, damage, message) -> None:
+    """A damaged newest checkpoint never shadows a good one, and the message names the file."""
+    old, new = _save(tmp_path / "c", 1), _save(tmp_path / "c", 2)
+    damage(new)
+    with pytest.raises(UserError, match=message):
+        verify(new)
+    checkpoint, problems = newest_checkpoint(tmp_path / "c")
+    assert checkpoint is not None
+    assert checkpoint.state.step == 1
+    assert len(problems) == 1
+    verify(old)
+
+
+def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
+    """A path that leaves the checkpoint is refused as missing."""
+    directory = _save(tmp_path / "c", 1)
+    (tmp_path / "secret").write_text("x")
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest["files"]["../../secret"] = {"bytes": 1, "sha256": ""}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="secret is missing"):
+        verify(directory)
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    """The last N and the best stay, staging folders of a crash go, `best` still points right."""
+    folder = tmp_path / "c"
+    for step in (1, 2, 3, 4, 5):
+        _save(folder, step)
+        if step == 2:
+            point_best_at(folder / "checkpoint-2")
+    (folder / ".staging-checkpoint-6-123").mkdir()
+    rotate(folder, keep=2, best_step=2)
+    assert [path.name for path in list_checkpoints(folder)] == [
+        "checkpoint-5",
+        "checkpoint-4",
+        "checkpoint-2",
+    ]
+    assert read_checkpoint(folder / "best").state.step == 2
+    assert not list(folder.glob(".staging*"))
+
+
+def test_a_crash_in_the_middle_leaves_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever fails while writing, the step has no checkpoint and the earlier one is intact."""
+    _save(tmp_path / "c", 1)
+    real = torch.save
+
+    def fails(*args: object, **kwargs: object) -> None:
+        real(*args, **kwargs)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(UserError, match="No space left on device"):
+        _save(tmp_path / "c", 2)
+    assert [path.name for path in list_checkpoints(tmp_path / "c")] == ["checkpoint-1"]
+    assert not list((tmp_path / "c").glob(".staging*"))
+    verify(tmp_path / "c" / "checkpoint-1")
+
+
+def test_too_little_room_is_said_before_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With less free space than the checkpoint needs, nothing is touched."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match="1000 B are free"):
+        _save(tmp_path / "c", 1)
+    assert not list((tmp_path / "c").iterdir())
+
+
+def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
+    """A stop in an evaluation saves the step that a checkpoint may already have."""
+    _save(tmp_path / "c", 3)
+    _save(tmp_path / "c", 3)
+    assert [path.name for path in list_checkpoints(tmp_path / "c")] == ["checkpoint-3"]
+    verify(tmp_path / "c" / "checkpoint-3")
