@@ -1,0 +1,39 @@
+# `make demo` and `make test` do everything from a fresh clone: Python 3.11 or later, make and a
+# package index are all they need.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: setup demo test check format docs clean
+
+setup: $(INSTALLED)
+
+# torch first: its exact pin takes a CPU build where there is one, and nothing later replaces it.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "accel-gpt2 needs Python 3.11 or later, and $(PYTHON) is %d.%d: type make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/accel-gpt2 demo
+
+# Format, lint, types, import rules and generated files, then every test.
+test: check
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
