@@ -65,7 +65,7 @@ def run_demo(
     code = launch_training(options, launcher)
     if code != ExitCode.DONE:
         raise typer.Exit(code)
-    return evaluate_and_report(run_directory, dataset=None, split="test", quiet=quiet)
+    return evaluate_and_report(run_directory, dataset=None, split=None, quiet=quiet)
 
 
 def finished_metrics(run_directory: Path) -> Mapping[str, Any] | None:

@@ -12,10 +12,11 @@ from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
 _show_traceback = False
 
 
-def show_tracebacks(show: bool) -> None:
-    """`--debug`: unexpected and expected failures come with their traceback."""
+def show_tracebacks(show: bool) -> bool:
+    """`--debug`, before or after the verb: a failure comes with its traceback."""
     global _show_traceback
-    _show_traceback = show
+    _show_traceback = _show_traceback or show
+    return show
 
 
 def outcome(error: BaseException | None) -> tuple[int, str]:
@@ -65,7 +66,6 @@ def run(app: typer.Typer) -> None:
     The text of a failure goes to stderr. Of several launched processes only the first one prints
     what all of them have met; an unexpected failure is printed by whoever has it.
     """
-    show_tracebacks(False)
     try:
         app()
     except SystemExit as exit_:

@@ -18,7 +18,12 @@ def evaluate(
         str | None,
         typer.Option(help="Another data set with the same classes. [default: the run's own]"),
     ] = None,
-    split: Annotated[str, typer.Option(help="The split whose documents are scored.")] = "test",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="The split whose documents are scored. [default: the recipe's test split]"
+        ),
+    ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -39,7 +44,7 @@ def evaluate(
 
 
 def evaluate_and_report(
-    run_directory: Path, *, dataset: str | None, split: str, quiet: bool
+    run_directory: Path, *, dataset: str | None, split: str | None, quiet: bool
 ) -> tuple[Mapping[str, Any], Path | None]:
     """The metrics, and where the report is; only the main process of several writes one.
 

@@ -1,0 +1,403 @@
+"""Launching: exit codes come through, signals reach the trainer, and nobody leaves before it saved.
+
+The processes are real; only what they do instead of training is small.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from accel_gpt2.catalog.profiles import PROFILES
+from accel_gpt2.cli import launcher
+from accel_gpt2.cli.launcher import (
+    Launch,
+    accelerate_config,
+    launch_script,
+    recorded_outcome,
+    run_launch,
+    training_launch,
+)
+from accel_gpt2.cli.run_directory import running_trainer
+from accel_gpt2.errors import DoesNotFitError, ExitCode, StoppedEarly, UserError
+
+# Like accelerate's simple launcher: starts the script, and turns its failure into 1.
+LAUNCHER = """
+import subprocess, sys
+sys.exit(1 if subprocess.run([sys.executable, *sys.argv[1:]]).returncode else 0)
+"""
+
+# A trainer of 50 "steps" of 0.1 s that stops as the real one does: it finishes its step, takes half
+# a second to save, and says 75.
+TRAINER = """
+import signal, sys, time
+from pathlib import Path
+from accel_gpt2.cli.launcher import recorded_outcome, stop_with_parent
+from accel_gpt2.errors import ExitCode, StoppedEarly
+
+run_directory = Path(sys.argv[1])
+stop_with_parent()
+got = []
+with recorded_outcome(run_directory):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: got.append(signal.Signals(number).name))
+    (run_directory / "training").touch()
+    for step in range(50):
+        time.sleep(0.1)
+        if len(got) >= int(sys.argv[2]):
+            time.sleep(0.5)
+            (run_directory / "saved").write_text(",".join(got))
+            raise StoppedEarly("Stopped; the work is saved.", ExitCode.STOPPED)
+"""
+
+
+@pytest.fixture
+def run_directory(tmp_path: Path) -> Path:
+    """An empty run directory, as `train` has prepared it."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    return directory
+
+
+def launch_of(run_directory: Path, trainer: str, *arguments: str) -> Launch:
+    """A launch of a trainer script through a launcher that dies at once from any signal."""
+    scripts = run_directory.parent
+    (scripts / "launcher.py").write_text(LAUNCHER, "utf-8")
+    (scripts / "trainer.py").write_text(textwrap.dedent(trainer), "utf-8")
+    argv = (
+        sys.executable,
+        str(scripts / "launcher.py"),
+        str(scripts / "trainer.py"),
+        str(run_directory),
+        *arguments,
+    )
+    return Launch(argv=argv, run_directory=run_directory)
+
+
+@pytest.fixture
+def parent(run_directory: Path) -> Iterator["subprocess.Popen[str]"]:
+    """`run_launch` of the trainer above in a process of its own, once the trainer is training."""
+    launch = launch_of(run_directory, TRAINER, "1")
+    process = start_parent(launch)
+    wait_for(run_directory / "training")
+    yield process
+    process.kill()
+    process.wait()
+
+
+def start_parent(launch: Launch) -> "subprocess.Popen[str]":
+    """A process that does what `accel-gpt2 train` does with a launch."""
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from accel_gpt2.cli.launcher import Launch, run_launch\n"
+        "launch = Launch(argv=tuple(sys.argv[2:]), run_directory=Path(sys.argv[1]))\n"
+        "sys.exit(run_launch(launch))\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", program, str(launch.run_directory), *launch.argv],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(path: Path, seconds: float = 30.0) -> None:
+    """Wait until a file is there."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("code", [ExitCode.DONE, *ExitCode])
+def test_the_trainers_exit_code_comes_through_the_launcher(
+    run_directory: Path, code: ExitCode
+) -> None:
+    """Launchers end with 1 whatever happened; status.json carries the true code."""
+    trainer = f"""
+        import sys
+        from pathlib import Path
+        from accel_gpt2.cli.launcher import recorded_outcome
+        with recorded_outcome(Path(sys.argv[1])):
+            sys.exit({int(code)})
+    """
+    assert run_launch(launch_of(run_directory, trainer)) == code
+
+
+def test_a_killed_trainer_is_no_success(run_directory: Path) -> None:
+    """A trainer that memory pressure killed says nothing, and a stale status of an earlier run must
+    not speak for it."""
+    (run_directory / "status.json").write_text('{"exit_code": 0}', "utf-8")
+    trainer = """
+        import os, signal, sys
+        from pathlib import Path
+        from accel_gpt2.cli.launcher import recorded_outcome
+        with recorded_outcome(Path(sys.argv[1])):
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    with pytest.raises(UserError, match=r"killed before it could say why, perhaps because memory"):
+        run_launch(launch_of(run_directory, trainer))
+
+
+def test_a_launcher_that_starts_nothing_is_no_success(run_directory: Path) -> None:
+    """Exit code 0 without a trainer is a failure; so is a launcher that fails."""
+    with pytest.raises(UserError, match="ended without having started the training"):
+        run_launch(Launch(argv=("true",), run_directory=run_directory))
+    with pytest.raises(UserError, match=r"could not be started \(exit code 1\).*Its command was: "):
+        run_launch(Launch(argv=("false",), run_directory=run_directory))
+
+
+@pytest.mark.parametrize(
+    ("sent", "received"),
+    [
+        (signal.SIGTERM, "SIGTERM"),
+        (signal.SIGINT, "SIGINT"),
+        (signal.SIGUSR1, "SIGUSR1"),
+        (signal.SIGHUP, "SIGTERM"),
+    ],
+)
+def test_a_signal_to_the_parent_lets_the_trainer_save(
+    run_directory: Path, parent: "subprocess.Popen[str]", sent: signal.Signals, received: str
+) -> None:
+    """The trainer gets the signal once; the parent stays until it has saved, and ends with 75."""
+    parent.send_signal(sent)
+    assert parent.wait(30) == ExitCode.STOPPED
+    assert (run_directory / "saved").read_text("utf-8") == received
+    assert not (run_directory / "trainer.pid").exists()
+
+
+def test_a_second_interrupt_is_passed_on(run_directory: Path) -> None:
+    """Whoever presses Ctrl-C twice speaks to the trainer twice."""
+    parent = start_parent(launch_of(run_directory, TRAINER, "2"))
+    wait_for(run_directory / "training")
+    parent.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(30) == ExitCode.STOPPED
+    assert (run_directory / "saved").read_text("utf-8") == "SIGINT,SIGINT"
+
+
+def test_a_third_interrupt_kills_a_trainer_that_hangs(run_directory: Path) -> None:
+    """No trainer can be so stuck that the keyboard does not end it."""
+    parent = start_parent(launch_of(run_directory, TRAINER, "99"))
+    wait_for(run_directory / "training")
+    for _ in range(3):
+        parent.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    assert parent.wait(3) == ExitCode.INTERRUPTED
+
+
+def test_a_dead_launcher_makes_the_trainer_save_and_the_parent_waits(
+    run_directory: Path, parent: "subprocess.Popen[str]"
+) -> None:
+    """The kernel tells the trainer when its launcher was killed, and the parent still gets its code."""
+    trainer = running_trainer(run_directory)
+    assert trainer is not None
+    launcher_pid = int(Path(f"/proc/{trainer}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    os.kill(launcher_pid, signal.SIGKILL)
+    assert parent.wait(30) == ExitCode.STOPPED
+    assert (run_directory / "saved").read_text("utf-8") == "SIGTERM"
+
+
+def test_a_killed_parent_leaves_no_trainer_running(
+    run_directory: Path, parent: "subprocess.Popen[str]"
+) -> None:
+    """kill -9 of `accel-gpt2 train` stops the training too, saved."""
+    parent.kill()
+    wait_for(run_directory / "saved")
+    wait_for(run_directory / "status.json")
+    assert running_trainer(run_directory) is None
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "said"),
+    [
+        (signal.SIGTERM, 1, "Stopped by SIGTERM before the training began"),
+        (signal.SIGINT, ExitCode.INTERRUPTED, ""),
+    ],
+)
+def test_a_signal_before_the_trainer_is_there_ends_the_launcher(
+    run_directory: Path, sent: signal.Signals, code: int, said: str
+) -> None:
+    """While the launcher is still importing there is nothing to save, and nothing to wait for."""
+    slow = f"import time; open({str(run_directory / 'starting')!r}, 'w'); time.sleep(60)"
+    launch = Launch(argv=(sys.executable, "-c", slow), run_directory=run_directory)
+    parent = start_parent(launch)
+    wait_for(run_directory / "starting")
+    parent.send_signal(sent)
+    # StoppedEarly is not caught by this small parent: Python ends it with 1 and says it.
+    assert parent.wait(30) == code
+    assert parent.stderr is not None
+    assert said in parent.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("The folder x does not exist."), 1, "The folder x does not exist."),
+        (DoesNotFitError("It needs 20 GiB."), 3, "It needs 20 GiB."),
+        (StoppedEarly("The time limit is reached.", ExitCode.LIMIT_REACHED), 4, "The time limit"),
+        (ValueError("bad"), 1, "ValueError: bad. Run again with --debug"),
+        (KeyboardInterrupt(), 130, "Interrupted."),
+        (MemoryError(), 1, "MemoryError. Run again with --debug"),
+    ],
+)
+def test_the_trainer_says_how_it_ended(
+    run_directory: Path, error: BaseException, code: int, message: str
+) -> None:
+    """status.json holds code, message and process of whatever ended the training."""
+    with pytest.raises(type(error)), recorded_outcome(run_directory):  # noqa: PT012
+        assert running_trainer(run_directory) == os.getpid()
+        raise error
+    status = json.loads((run_directory / "status.json").read_text("utf-8"))
+    assert status["exit_code"] == code
+    assert status["message"].startswith(message)
+    assert status["pid"] == os.getpid()
+    assert running_trainer(run_directory) is None
+
+
+def test_other_ranks_do_not_write(run_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only rank 0 speaks for the run."""
+    monkeypatch.setenv("RANK", "1")
+    with recorded_outcome(run_directory):
+        pass
+    assert list(run_directory.iterdir()) == []
+
+
+def test_nothing_is_written_before_the_run_directory_exists(tmp_path: Path) -> None:
+    """A start that fails early leaves no folder behind."""
+    with pytest.raises(UserError, match="no data"), recorded_outcome(tmp_path / "run"):
+        raise UserError("no data")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_number_that_was_given_away_is_not_a_trainer(run_directory: Path) -> None:
+    """A trainer.pid of last week whose number another process has now does not block a run."""
+    record = {"pid": os.getpid(), "create_time": 1.0}
+    (run_directory / "trainer.pid").write_text(json.dumps(record), "utf-8")
+    assert running_trainer(run_directory) is None
+
+
+def test_the_command_can_be_typed_as_printed(tmp_path: Path) -> None:
+    """Quoting survives spaces; every value is in the command or in the files that it names."""
+    launch = training_launch(
+        tmp_path / "my run",
+        num_cores=8,
+        num_processes=2,
+        options=["--quiet"],
+        environment={},
+    )
+    echoed = subprocess.run(
+        f"printf '%s\\n' {launch.line}", shell=True, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert tuple(echoed) == launch.argv
+    assert echoed[1:3] == ["launch", "--quiet"]
+    assert "--num_cpu_threads_per_process=4" in echoed
+    assert f"--recipe={tmp_path}/my run/recipe.yaml" in echoed
+    assert echoed[-2:] == [f"--output-dir={tmp_path}/my run", "--quiet"]
+
+
+def test_the_persons_number_of_threads_is_kept(tmp_path: Path) -> None:
+    """OMP_NUM_THREADS is honoured, not overwritten."""
+    launch = training_launch(
+        tmp_path, num_cores=8, num_processes=1, environment={"OMP_NUM_THREADS": "3"}
+    )
+    assert "--num_cpu_threads_per_process=3" in launch.argv
+
+
+def test_both_launch_scripts_are_found() -> None:
+    """The scripts of the checkout (or of the wheel) are where the function says."""
+    for name in ("train.py", "evaluate.py"):
+        assert launch_script(name).is_file()
+    with pytest.raises(UserError, match=r"launch/other\.py is neither beside nor inside"):
+        launch_script("other.py")
+
+
+@pytest.mark.parametrize(
+    ("profile", "distributed_type", "num_processes", "cpu"),
+    [
+        ("cpu", "NO", 1, True),
+        ("rtx4070ti", "NO", 1, False),
+        ("4x-rtx4090", "MULTI_GPU", 4, False),
+    ],
+)
+def test_accelerate_reads_the_config_and_no_stale_default(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    profile: str,
+    distributed_type: str,
+    num_processes: int,
+    cpu: bool,
+) -> None:
+    """Accelerate's own parser takes every value from our file, also where the person's default
+    config asks for DeepSpeed on eight GPUs."""
+    from accelerate.commands import launch as accelerate_launch
+
+    stale = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "DEEPSPEED",
+        "deepspeed_config": {"zero_stage": 3},
+        "mixed_precision": "fp16",
+        "num_processes": 8,
+        "num_machines": 2,
+        "gpu_ids": "5",
+        "use_cpu": False,
+    }
+    default = tmp_path / "default_config.yaml"
+    default.write_text(yaml.safe_dump(stale), "utf-8")
+    monkeypatch.setattr(accelerate_launch, "default_config_file", str(default))
+    config = accelerate_config(PROFILES[profile], "bf16")
+    (tmp_path / "accelerate.yaml").write_text(config, "utf-8")
+
+    launch = training_launch(tmp_path, num_cores=4, num_processes=num_processes, environment={})
+    parser = accelerate_launch.launch_command_parser()
+    parsed, _, _ = accelerate_launch._validate_launch_command(parser.parse_args(launch.argv[2:]))
+
+    assert yaml.safe_load(config)["distributed_type"] == distributed_type
+    assert parsed.multi_gpu == (distributed_type == "MULTI_GPU")
+    assert (parsed.num_processes, parsed.num_machines) == (num_processes, 1)
+    assert (parsed.mixed_precision, parsed.gpu_ids) == ("bf16", "all")
+    assert (bool(parsed.use_deepspeed), bool(parsed.use_fsdp)) == (False, False)
+    assert bool(parsed.cpu or parsed.use_cpu) == cpu
+    assert parsed.training_script.endswith("launch/train.py")
+    assert parsed.training_script_args == list(launch.argv[-2:])
+
+
+def test_accelerate_itself_starts_the_trainer_and_stays_quiet(
+    run_directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Through the real `accelerate launch`: one CPU process, our threads, code 75, no traceback."""
+    script = run_directory.parent / "train.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import os, sys
+            from pathlib import Path
+            from accel_gpt2.cli.launcher import recorded_outcome
+            from accel_gpt2.errors import ExitCode, StoppedEarly
+            run_directory = Path(sys.argv[2].partition("=")[2])
+            with recorded_outcome(run_directory):
+                names = ("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS")
+                (run_directory / "seen").write_text(" ".join(os.environ[n] for n in names))
+                sys.exit(75)
+            """
+        ),
+        "utf-8",
+    )
+    monkeypatch.setattr(launcher, "launch_script", lambda name: script)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    config = accelerate_config(PROFILES["cpu"], "no")
+    (run_directory / "accelerate.yaml").write_text(config, "utf-8")
+
+    code = run_launch(training_launch(run_directory, num_cores=2, num_processes=1))
+
+    assert code == ExitCode.STOPPED
+    assert (run_directory / "seen").read_text("utf-8") == "True no 2"
+    assert "Traceback" not in capfd.readouterr().err
