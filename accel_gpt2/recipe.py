@@ -11,6 +11,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -123,11 +124,16 @@ class ResolvedRecipe:
     origins: Mapping[str, str]
 
 
+# Random weights want a far larger learning rate than published ones: GPT-3's for 125M parameters
+# (Brown et al. 2020, table 2.1), and its weight decay.
+_SCRATCH_DEFAULTS = MappingProxyType({"learning_rate": 6e-4, "weight_decay": 0.1})
+
+
 def resolve(layers: Sequence[Layer]) -> ResolvedRecipe:
     """Lay values over one another, later layers first in right, and check the outcome.
 
-    Between the defaults and `layers` stands what the chosen model's catalog row says. All problems
-    are reported at once.
+    Between the defaults and `layers` stands what random weights want, where they are chosen, and
+    what the model's catalog row says. All problems are reported at once.
 
     Raises:
         UsageError: for unknown keys, values of a wrong type or range, and contradictions.
@@ -144,6 +150,9 @@ def resolve(layers: Sequence[Layer]) -> ResolvedRecipe:
     model = TrainRecipe().model if model is None else model
     row = MODELS.get(model) if isinstance(model, str) else None
     rows = [] if row is None else [Layer(origin=f"model {model}", values=row.recipe_defaults)]
+    init = next((x.values["init"] for x in [*layers[::-1], *rows] if "init" in x.values), None)
+    if init == "scratch":
+        rows.insert(0, Layer(origin="init scratch", values=_SCRATCH_DEFAULTS))
 
     values: dict[str, object] = dataclasses.asdict(TrainRecipe())
     origins = dict.fromkeys(FIELDS, "default")
