@@ -55,7 +55,7 @@ def test_every_format_reads_what_pandas_wrote(folder: Path, suffix: str) -> None
 
 def test_a_byte_order_mark_and_windows_lines_are_read(folder: Path) -> None:
     """A CSV as a spreadsheet saves it has the same columns and texts."""
-    (folder / "x.csv").write_bytes("\ufefftext,label\r\none,a\r\ntwo,b\r\n".encode())
+    (folder / "x.csv").write_bytes("\ufefftext,label,id\r\none,a,1\r\ntwo,b,2\r\n".encode())
     assert _rows(_read(folder / "x.csv")) == [("one", "a"), ("two", "b")]
 
 
@@ -254,9 +254,11 @@ def test_a_split_of_another_name_is_found_by_its_file(folder: Path) -> None:
 
 
 def test_fields_that_are_named_are_used(folder: Path) -> None:
-    """A given field wins over a usual name; a wrong one is answered with the columns."""
+    """A given or preferred field wins over a usual one; a wrong one is answered with a list."""
     (folder / "x.csv").write_text("text,label,body,mood\nno,0,yes,1\n")
     assert _rows(_read(folder / "x.csv", text="body", label="mood")) == [("yes", "1")]
+    preferred = {"preferred_text": "body", "preferred_label": "nowhere"}
+    assert _rows(_read(folder / "x.csv", **preferred)) == [("yes", "0")]
     with pytest.raises(UserError, match=r"no column 'bodi'; it has 'text', .*--set text_field="):
         _read(folder / "x.csv", text="bodi")
 

@@ -407,7 +407,8 @@ for dataset in sys.argv[1:]:
         results.append([data.class_names, data.fingerprint, len(data.test), again["label"][:2],
                         [t.example for t in data.treatments]])
     except UserError as error:
-        results.append([str(error), time.perf_counter() - started])
+        results.append([str(error)])
+    results[-1].append(time.perf_counter() - started)
 print(json.dumps(results))
 """
 
@@ -438,13 +439,13 @@ def test_the_hub_and_its_cache(tmp_path: Path, hub: Any) -> None:
 
     (online, unknown), talk = _on_the_hub(tmp_path, "me/pets", "me/none", HF_ENDPOINT=address)
     assert online[0] == list(CLASSES)
-    assert online[2:] == [20, [1, 0], ["validation"]]
+    assert online[2:-1] == [20, [1, 0], ["validation"]]
     assert "'me/none' is no data set of the catalog, no local file or directory" in unknown[0]
     assert "%|" not in talk  # no progress bar of `datasets` when none was asked for
 
     nowhere = "http://127.0.0.1:9"
     (cached, unreachable), _ = _on_the_hub(tmp_path, "me/pets", "imdb", HF_ENDPOINT=nowhere)
-    assert cached == online
+    assert cached[:-1] == online[:-1]
     for part in ("does not answer", "ACCEL_GPT2_DATA", "--model gpt2-tiny --dataset docstrings"):
         assert part in unreachable[0]
-    assert unreachable[1] < 8
+    assert max(cached[-1], unreachable[-1]) < 12  # with the retries of `datasets` 23 and more

@@ -107,6 +107,14 @@ def test_ten_megabytes_cost_their_beginning(text: str) -> None:
     assert len(document.token_ids) <= 256
 
 
+def test_a_cut_before_tokenising_counts_as_truncation() -> None:
+    """Tokens of 512 letters leave room in the limit, yet the rest of the text was not looked at."""
+    tokenizer = _trained(["a" * 1024] * 3, 266)
+    (document,) = tokenizer.encode(["a" * 100_000], 256)
+    assert len(document.token_ids) < 256
+    assert (document.num_bytes, document.truncated) == (256 * 64, True)
+
+
 def test_training_twice_gives_equal_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two trainings on the same texts, neither from the cache, save the same bytes."""
     rng = np.random.default_rng(0)
