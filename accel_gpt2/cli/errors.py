@@ -66,6 +66,8 @@ def run(app: typer.Typer) -> None:
     The text of a failure goes to stderr. Of several launched processes only the first one prints
     what all of them have met; an unexpected failure is printed by whoever has it.
     """
+    global _show_traceback
+    _show_traceback = False
     try:
         app()
     except SystemExit as exit_:

@@ -28,7 +28,7 @@ def evaluate(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Classify the test documents with Bayes' rule; compare with TF-IDF.
+    """Classify the test documents, and compare with a baseline.
 
     Writes evaluation/ with scores, metrics and the report into the run directory. Scores that are
     there already are not computed again.

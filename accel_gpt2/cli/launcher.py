@@ -153,6 +153,7 @@ def run_launch(launch: Launch) -> int:
     process = subprocess.Popen(
         launch.argv,
         stdin=subprocess.DEVNULL,
+        stdout=2,  # what a trainer or a library prints is talk; our stdout is for data
         start_new_session=True,  # the terminal's Ctrl-C comes to us alone, and is passed on once
         preexec_fn=stop_with_parent,  # noqa: PLW1509 -- one C call, and no thread runs here
     )
@@ -174,13 +175,12 @@ def _passing_on(
         if signals.count(signal.SIGINT) >= _KILLING_INTERRUPTS:
             _signal_group(process, signal.SIGKILL)
             return
-        sent = signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number)
         trainer = running_trainer(run_directory)
         if trainer is None:  # the launcher is still starting it, and nothing is worth saving
-            _signal_group(process, sent)
+            _signal_group(process, signal.SIGTERM)
         else:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(trainer, sent)
+                os.kill(trainer, signal.SIGTERM if number == signal.SIGHUP else number)
 
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
     # Under nohup a closed terminal is no reason to stop.

@@ -4,7 +4,6 @@ from accel_gpt2.catalog.profiles import PROFILES, HardwareProfile
 from accel_gpt2.cli.hardware import describe_profile, detect_hardware, profile_for
 from accel_gpt2.cli.options import DebugOption, JsonOption
 from accel_gpt2.cli.output import print_json, print_table, say
-from accel_gpt2.units import format_bytes
 
 
 def profiles(json: JsonOption = False, debug: DebugOption = False) -> None:
@@ -21,29 +20,22 @@ def profiles(json: JsonOption = False, debug: DebugOption = False) -> None:
     print_table(
         {
             "profile": "left",
-            "GPU": "left",
-            "GPUs": "right",
-            "memory": "right",
-            "TFLOP/s": "right",
+            "GPUs": "left",
+            "TFLOP/s each": "right",
             "precision": "left",
         },
         [_row(profile) for profile in PROFILES.values()],
     )
-    what = "no GPU" if here.gpu is None else describe_profile(here)
-    say(f"--profile auto is, on this machine: {here.name} ({what}).")
+    say(f"--profile auto is, on this machine: {here.name} ({describe_profile(here)}).")
 
 
 def _row(profile: HardwareProfile) -> list[str]:
     precision = str(profile.recipe_defaults["mixed_precision"])
-    if profile.gpu is None:
-        return [profile.name, "none", "0", "", "", precision]
-    peak = profile.gpu.peak_flops.get(precision)
+    peak = None if profile.gpu is None else profile.gpu.peak_flops.get(precision)
     return [
         profile.name,
-        profile.gpu.display_name,
-        str(profile.num_gpus),
-        format_bytes(profile.gpu.memory_bytes),
-        "unknown" if peak is None else f"{peak / 1e12:.0f}",
+        describe_profile(profile),
+        "" if peak is None else f"{peak / 1e12:.0f}",
         precision,
     ]
 

@@ -2,12 +2,12 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from accel_gpt2.cli.app import main
 from accel_gpt2.cli.hardware import DetectedGpu, DetectedHardware
 from accel_gpt2.units import GIB, MIB
 
@@ -32,24 +32,26 @@ def _no_recipe_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
+CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
-def accel_gpt2(tmp_path: Path) -> Run:
-    """Runs `accel-gpt2 ARGUMENTS` in an empty folder, as its own process, 80 columns wide."""
+def accel_gpt2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> CommandLine:
+    """Runs `accel-gpt2 ARGUMENTS` in an empty folder, 80 columns wide, to its exit."""
 
-    def run(*arguments: str, stdin: str | None = None, **variables: str) -> object:
-        program = "from accel_gpt2.cli.app import main; main()"
-        return subprocess.run(
-            [sys.executable, "-c", program, *arguments],
-            check=False,
-            cwd=tmp_path,
-            env={**os.environ, "COLUMNS": "80", **variables},
-            input="" if stdin is None else stdin,
-            capture_output=True,
-            text=True,
-            timeout=120,
+    def run_to_exit(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", ["accel-gpt2", *arguments])
+        for name, value in {"COLUMNS": "80", **variables}.items():
+            monkeypatch.setenv(name, value)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(
+            args=arguments, returncode=int(ended.value.code or 0), stdout=said.out, stderr=said.err
         )
 
-    return run  # type: ignore[return-value]
+    return run_to_exit

@@ -1,0 +1,292 @@
+"""`train` and `launch/train.py`: what is decided, written and launched, and when it stops."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from accel_gpt2.cli.hardware import DetectedHardware
+from accel_gpt2.cli.launcher import Launch
+from accel_gpt2.cli.options import TrainOptions, command_line_layers
+from accel_gpt2.cli.train import choose, launch_training, show_recipe
+from accel_gpt2.errors import DoesNotFitError, UsageError, UserError
+from accel_gpt2.recipe import Layer, TrainRecipe, read_layer, resolve, to_yaml
+from tests.cli.conftest import SUPER, CommandLine, machine
+
+
+def options(
+    *assignments: str,
+    recipe_file: Path | None = None,
+    output_dir: Path | None = None,
+    resume: str = "auto",
+    dry_run: bool = False,
+    **values: object,
+) -> TrainOptions:
+    """Options as the command line hands them on."""
+    return TrainOptions(
+        layers=command_line_layers(values, list(assignments)),
+        recipe_file=recipe_file,
+        output_dir=output_dir,
+        resume=resume,
+        dry_run=dry_run,
+        quiet=True,
+    )
+
+
+def on(hardware: DetectedHardware) -> Callable[[], DetectedHardware]:
+    """Detection that finds this machine."""
+    return lambda: hardware
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A data set of two classes in a folder with train.csv and test.csv."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for split, count in (("train", 60), ("test", 20)):
+        rows = [
+            f"{word} number {i} of {split},{label}"
+            for i in range(count)
+            for word, label in (("apples and pears", "fruit"), ("hammer and nails", "tools"))
+        ]
+        (folder / f"{split}.csv").write_text("\n".join(["text,label", *rows]) + "\n", "utf-8")
+    return folder
+
+
+class Recorder:
+    """A launcher that starts nothing: it keeps what would run, and ends with a given code."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.launches: list[Launch] = []
+        self.code = code
+
+    def __call__(self, launch: Launch) -> int:
+        self.launches.append(launch)
+        return self.code
+
+
+def test_the_defaults_are_gpt2_on_imdb_on_this_machine() -> None:
+    """Without any option: the person's own experiment, with the detected card's settings."""
+    choice = choose(options(), detect=on(machine(SUPER)))
+    recipe = choice.resolved.recipe
+    assert (recipe.model, recipe.dataset, recipe.init) == ("gpt2", "imdb", "pretrained")
+    assert choice.profile.name == "rtx4070ti"
+    assert choice.run_directory == Path("runs/imdb-gpt2")
+    assert choice.resolved.origins["mixed_precision"] == "profile rtx4070ti"
+    assert recipe.mixed_precision == "bf16"
+    assert choice.warnings == ()
+
+
+def test_layers_come_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """defaults < model < profile < file < environment < options, each named as the origin."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("micro_batch_tokens: 111\nepochs: 9.0\nseed: 1\n", "utf-8")
+    monkeypatch.setenv("ACCEL_GPT2_SEED", "2")
+    monkeypatch.setenv("ACCEL_GPT2_EPOCHS", "8")
+    choice = choose(
+        options(recipe_file=file, model="gpt2-tiny", epochs=7.0), detect=on(machine(SUPER))
+    )
+    recipe, origins = choice.resolved.recipe, choice.resolved.origins
+    assert (recipe.micro_batch_tokens, origins["micro_batch_tokens"]) == (111, str(file))
+    assert (recipe.seed, origins["seed"]) == (2, "the environment (ACCEL_GPT2_...)")
+    assert (recipe.epochs, origins["epochs"]) == (7.0, "--epochs")
+    assert (recipe.mixed_precision, origins["mixed_precision"]) == ("bf16", "profile rtx4070ti")
+    assert (recipe.init, origins["init"]) == ("scratch", "model gpt2-tiny")
+    assert origins["lora_rank"] == "default"
+
+
+def test_without_a_gpu_the_profile_gives_the_values_of_the_cpu() -> None:
+    """`--profile rtx4070ti` on a laptop: fp32 on the CPU, with a sentence."""
+    choice = choose(options(profile="rtx4070ti"), detect=on(machine()))
+    assert choice.resolved.recipe.mixed_precision == "no"
+    assert choice.resolved.recipe.profile == "rtx4070ti"
+    assert choice.resolved.origins["mixed_precision"] == "profile cpu"
+    (warning,) = choice.warnings
+    assert "no GPU was found: running on the CPU" in warning
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "rtx4070ti"])
+def test_no_profile_changes_the_global_batch(name: str) -> None:
+    """Every machine trains the same model."""
+    choice = choose(options(profile=name), detect=on(machine(SUPER)))
+    assert choice.resolved.recipe.global_batch_tokens == TrainRecipe().global_batch_tokens
+    assert choice.resolved.origins["global_batch_tokens"] == "default"
+
+
+def test_a_machine_that_is_too_small_stops_before_anything() -> None:
+    """Two cards promised, one there: exit code 3."""
+    with pytest.raises(DoesNotFitError, match="Give --profile rtx4070ti"):
+        choose(options(profile="2x-rtx4070ti"), detect=on(machine(SUPER)))
+
+
+def test_a_runs_own_recipe_is_not_changed_by_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An option beat the environment when the recipe was resolved; the launched process must see
+    the same."""
+    monkeypatch.setenv("ACCEL_GPT2_SEED", "3")
+    recipe = dataclasses.replace(TrainRecipe(), seed=5, micro_batch_tokens=77)
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe), "utf-8")
+    own = options(recipe_file=tmp_path / "recipe.yaml", output_dir=tmp_path)
+    assert choose(own, detect=on(machine(SUPER))).resolved.recipe == recipe
+    elsewhere = options(recipe_file=tmp_path / "recipe.yaml", output_dir=tmp_path / "other")
+    assert choose(elsewhere, detect=on(machine(SUPER))).resolved.recipe.seed == 3
+
+
+def test_training_is_launched_with_the_one_file_that_it_reads(texts: Path, tmp_path: Path) -> None:
+    """The run directory holds the resolved recipe, the launch config and the command that ran."""
+    run_directory = tmp_path / "run"
+    recorder = Recorder()
+    given = options(model="gpt2-tiny", dataset=str(texts), seed=4, output_dir=run_directory)
+    assert launch_training(given, recorder) == 0
+
+    (launch,) = recorder.launches
+    written = resolve([read_layer(run_directory / "recipe.yaml")]).recipe
+    assert (written.seed, written.model, written.dataset) == (4, "gpt2-tiny", str(texts))
+    assert (run_directory / "command.txt").read_text("utf-8") == launch.line + "\n"
+    assert f"--recipe={run_directory / 'recipe.yaml'}" in launch.argv
+    assert f"--config_file={run_directory / 'accelerate.yaml'}" in launch.argv
+    config = yaml.safe_load((run_directory / "accelerate.yaml").read_text("utf-8"))
+    assert (config["mixed_precision"], config["num_processes"]) == (written.mixed_precision, 1)
+    # The launched process, reading that file, arrives at the very same recipe.
+    own = options(recipe_file=run_directory / "recipe.yaml", output_dir=run_directory)
+    assert choose(own).resolved.recipe == written
+
+
+def test_the_trainers_code_is_the_commands_code(texts: Path, tmp_path: Path) -> None:
+    """75 and 4 are passed on as they are."""
+    given = options(model="gpt2-tiny", dataset=str(texts), output_dir=tmp_path / "run")
+    assert launch_training(given, Recorder(75)) == 75
+    assert launch_training(given, Recorder(4)) == 4
+
+
+def test_a_dry_run_writes_and_starts_nothing(tmp_path: Path) -> None:
+    """--dry-run leaves no trace."""
+    recorder = Recorder()
+    assert launch_training(options(output_dir=tmp_path / "run", dry_run=True), recorder) == 0
+    assert recorder.launches == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_data_stops_before_the_run_directory(tmp_path: Path) -> None:
+    """What is not to be had is said at once, and no folder is left behind."""
+    given = options(
+        model="gpt2-tiny", dataset=str(tmp_path / "none.csv"), output_dir=tmp_path / "run"
+    )
+    recorder = Recorder()
+    with pytest.raises(UserError, match=r"none\.csv"):
+        launch_training(given, recorder)
+    assert recorder.launches == []
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def begun(texts: Path, tmp_path: Path) -> Path:
+    """A run directory in which a class has been begun."""
+    run_directory = tmp_path / "run"
+    given = options(model="gpt2-tiny", dataset=str(texts), output_dir=run_directory)
+    launch_training(given, Recorder())
+    (run_directory / "class-0-fruit").mkdir()
+    return run_directory
+
+
+def test_a_begun_run_goes_on_with_the_same_recipe(texts: Path, begun: Path) -> None:
+    """The same command again is a resume; how the run goes may differ."""
+    given = options("log_every_steps=1", model="gpt2-tiny", dataset=str(texts), output_dir=begun)
+    assert launch_training(given, Recorder()) == 0
+
+
+def test_a_begun_run_does_not_go_on_with_another_recipe(texts: Path, begun: Path) -> None:
+    """Another learning rate would mix two experiments: all differences are named, with ways out."""
+    given = options(
+        model="gpt2-tiny", dataset=str(texts), learning_rate=1.0, seed=9, output_dir=begun
+    )
+    before = (begun / "recipe.yaml").read_text("utf-8")
+    with pytest.raises(UsageError, match=r"learning_rate: 0\.003 there, 1\.0 here") as caught:
+        launch_training(given, Recorder())
+    assert "seed: 0 there, 9 here" in str(caught.value)
+    assert "--resume never" in str(caught.value)
+    assert (begun / "recipe.yaml").read_text("utf-8") == before
+    anew = dataclasses.replace(given, resume="never")
+    recorder = Recorder()
+    assert launch_training(anew, recorder) == 0
+    assert "--resume=never" in recorder.launches[0].argv
+
+
+def test_a_run_that_has_trained_nothing_may_change(texts: Path, begun: Path) -> None:
+    """A start that failed early does not tie anybody to its recipe."""
+    (begun / "class-0-fruit").rmdir()
+    given = options(model="gpt2-tiny", dataset=str(texts), seed=9, output_dir=begun)
+    assert launch_training(given, Recorder()) == 0
+    assert resolve([read_layer(begun / "recipe.yaml")]).recipe.seed == 9
+
+
+def test_a_folder_of_other_things_is_not_written_into(tmp_path: Path) -> None:
+    """`--output-dir .` in a home directory is refused."""
+    (tmp_path / "holiday.jpg").touch()
+    given = options(output_dir=tmp_path, dry_run=True)
+    with pytest.raises(UsageError, match=r"holds files and no recipe\.yaml"):
+        launch_training(given, Recorder())
+    with pytest.raises(UsageError, match=r"holiday\.jpg is a file"):
+        launch_training(dataclasses.replace(given, output_dir=tmp_path / "holiday.jpg"), Recorder())
+
+
+def test_two_trainers_do_not_share_a_run_directory(texts: Path, begun: Path) -> None:
+    """While a trainer is at work, a second one is told which process that is."""
+    import psutil
+
+    with subprocess.Popen(["sleep", "60"]) as other:
+        created = psutil.Process(other.pid).create_time()
+        (begun / "trainer.pid").write_text(json.dumps({"pid": other.pid, "create_time": created}))
+        given = options(model="gpt2-tiny", dataset=str(texts), output_dir=begun)
+        with pytest.raises(UserError, match=rf"Process {other.pid} is training in"):
+            launch_training(given, Recorder())
+        other.kill()
+    assert launch_training(given, Recorder()) == 0
+
+
+def test_a_shown_recipe_can_be_read_back(capsys: pytest.CaptureFixture[str]) -> None:
+    """--dry-run prints YAML: the same recipe again, with origins as comments on what is chosen."""
+    resolved = resolve(
+        [
+            Layer(origin="--model", values={"model": "gpt2-tiny"}),
+            Layer(origin="--set", values={"class_names": ("no", "é: #1"), "dataset": "a b"}),
+        ]
+    )
+    show_recipe(resolved)
+    text = capsys.readouterr().out
+    assert resolve([Layer(origin="", values=yaml.safe_load(text))]).recipe == resolved.recipe
+    commented = {line.partition(":")[0]: line for line in text.splitlines() if "  # " in line}
+    assert commented["model"].endswith("# --model")
+    assert commented["learning_rate"].endswith("# model gpt2-tiny")
+    assert set(commented) == {k for k, origin in resolved.origins.items() if origin != "default"}
+
+
+def test_dry_run_prints_the_recipe_to_stdout_and_the_command_to_stderr(
+    accel_gpt2: CommandLine,
+) -> None:
+    """`train --dry-run > recipe.yaml` gives a recipe file, and the command is there to read."""
+    ended = accel_gpt2("train", "--dry-run", "--model", "gpt2-tiny", "--dataset", "docstrings")
+    assert ended.returncode == 0
+    assert yaml.safe_load(ended.stdout)["model"] == "gpt2-tiny"
+    assert "$ " in ended.stderr
+    assert "accelerate launch --quiet --config_file=runs/docstrings-gpt2-tiny/" in ended.stderr
+
+
+def test_the_launched_script_has_the_same_options(accel_gpt2: CommandLine) -> None:
+    """launch/train.py and `train` take the same options, word for word."""
+    repository = Path(__file__).parents[2]
+    script = subprocess.run(
+        [sys.executable, str(repository / "launch" / "train.py"), "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    verb = accel_gpt2("train", "--help").stdout
+    assert script.split("Options:")[1] == verb.split("Options:")[1]
+    assert "--gradient-checkpointing / --no-gradient-checkpointing" in script
