@@ -131,6 +131,20 @@ def weights_location(model: str) -> str:
     return row.hub_id
 
 
+def weights_are_cached(location: str) -> bool:
+    """Whether the weights are a local directory, or in the hub's cache on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if Path(location).is_dir():
+        return True
+    try:
+        names = ("model.safetensors", "model.safetensors.index.json")
+        return any(isinstance(try_to_load_from_cache(location, name), str) for name in names)
+    except HFValidationError:
+        return False
+
+
 def build_model(recipe: TrainRecipe, *, vocab_size: int, eos_token_id: int) -> LanguageModel:
     """The recipe's model on the CPU in fp32, from weights or from the seed, adapter included.
 
@@ -180,8 +194,12 @@ def load_final(directory: Path, recipe: TrainRecipe) -> LanguageModel:
         if (directory / "adapter_config.json").is_file():
             from peft import PeftModel
 
+            location = weights_location(recipe.model)
             base = AutoModelForCausalLM.from_pretrained(
-                weights_location(recipe.model), **_LOADING, dtype=torch.float32
+                location,
+                **_LOADING,
+                dtype=torch.float32,
+                local_files_only=weights_are_cached(location),
             )
             _fuse_gelu(base.config, recipe)
             model: Any = PeftModel.from_pretrained(base, directory)
@@ -202,12 +220,16 @@ def _pretrained(recipe: TrainRecipe) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     location = weights_location(recipe.model)
+    # What is here is taken without asking the hub, which costs 46 s of retries without a network.
+    here = weights_are_cached(location)
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(
+                location, trust_remote_code=False, local_files_only=here
+            )
             _apply_recipe(config, recipe)
             return AutoModelForCausalLM.from_pretrained(
-                location, config=config, **_LOADING, dtype=torch.float32
+                location, config=config, **_LOADING, dtype=torch.float32, local_files_only=here
             )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -3,13 +3,11 @@
 from pathlib import Path
 
 from accel_gpt2.catalog.models import MODELS
+from accel_gpt2.data.hub import HubAnswer, ask_hub, why_unreachable
 from accel_gpt2.data.sources import check_data_available
 from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import TrainRecipe
-from accel_gpt2.train.model import weights_location
-
-# How long the hub may take to answer.
-_HUB_SECONDS = 5.0
+from accel_gpt2.train.model import weights_are_cached, weights_location
 
 
 def check_available(recipe: TrainRecipe) -> None:
@@ -38,10 +36,18 @@ def _check_weights(recipe: TrainRecipe) -> None:
         return
     if recipe.model not in MODELS and recipe.model.startswith((".", "/", "~")):
         raise UserError(f"The model directory {recipe.model} does not exist.")
-    if not _hub_has(location, weights=recipe.init == "pretrained"):
+    if weights_are_cached(location):
+        return
+    answer = ask_hub(location, "model")
+    if answer != HubAnswer.FOUND:
+        said = (
+            f"does not have {location} (or it is private, and HF_TOKEN does not open it)"
+            if answer == HubAnswer.MISSING
+            else f"{why_unreachable()} ({location})"
+        )
         raise UserError(
-            f"The weights of {recipe.model} are not on this machine and the Hugging Face hub does "
-            f"not give them ({location}). Train from random weights with `--init scratch` or "
+            f"The weights of {recipe.model} are not on this machine and the Hugging Face hub "
+            f"{said}. Train from random weights with `--init scratch` or "
             "`--model gpt2-tiny --dataset docstrings`; or fetch them where there is a network with "
             f"`hf download {location}` and bring that folder along (HF_HOME), or give a local "
             "folder as --model; ACCEL_GPT2_MODELS names a folder of such folders."
@@ -54,27 +60,3 @@ def _check_directory(directory: Path, recipe: TrainRecipe) -> None:
             f"{directory} holds no *.safetensors file; only safetensors weights are read. Convert "
             "them with transformers' `save_pretrained`, or give --init scratch."
         )
-
-
-def _hub_has(repository: str, *, weights: bool) -> bool:
-    """Whether the cache or the hub has a model, found out in a few seconds."""
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    names = ("model.safetensors", "model.safetensors.index.json") if weights else ("config.json",)
-    try:
-        if any(isinstance(try_to_load_from_cache(repository, name), str) for name in names):
-            return True
-        if constants.HF_HUB_OFFLINE:
-            return False
-        files = {
-            sibling.rfilename
-            for sibling in HfApi().model_info(repository, timeout=_HUB_SECONDS).siblings or []
-        }
-    except HFValidationError:
-        return False
-    except Exception:
-        # No network, no such repository, no permission: whatever it is, the weights cannot be had,
-        # and the caller's sentence names every way on.
-        return False
-    return any(name in files for name in names)

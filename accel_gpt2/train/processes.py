@@ -27,6 +27,7 @@ def build_accelerator(recipe: TrainRecipe, run_directory: Path | None = None) ->
             precision needs a GPU, or a tracker is not installed.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import ProjectConfiguration
 
     on_cpu = not torch.cuda.is_available()
@@ -41,6 +42,9 @@ def build_accelerator(recipe: TrainRecipe, run_directory: Path | None = None) ->
         options["project_config"] = ProjectConfiguration(
             project_dir=str(run_directory), logging_dir=str(run_directory / "trackers")
         )
+    # One process may train in fp32 and then in bf16; Accelerate's shared state would refuse.
+    if AcceleratorState._shared_state:
+        AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=recipe.mixed_precision,

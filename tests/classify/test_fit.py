@@ -238,6 +238,45 @@ def test_lora_on_a_pretrained_directory(
     assert any("lora_A" in name for name, _ in model.named_parameters())
 
 
+def test_bf16_autocast_learns_and_keeps_fp32_weights(texts_file: Path, tmp_path: Path) -> None:
+    """Mixed precision computes in bf16 and leaves weights and optimizer states in fp32."""
+    fit(
+        resolve_tiny(texts_file, mixed_precision="bf16", max_steps=6, epochs=4.0),
+        tmp_path / "run",
+        quiet=True,
+    )
+    losses = [loss for index, _, loss in _losses(tmp_path / "run") if index == 0]
+    assert losses[-1] < losses[0] - 0.3
+    for weights in _final_weights(tmp_path / "run"):
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_fp16_without_a_gpu_is_refused(texts_file: Path, tmp_path: Path) -> None:
+    """fp16 needs a GPU's loss scaling; the message says what to give instead."""
+    if torch.cuda.is_available():
+        fit(resolve_tiny(texts_file, mixed_precision="fp16", max_steps=6), tmp_path, quiet=True)
+        return
+    with pytest.raises(UserError, match="give --mixed-precision no"):
+        fit(resolve_tiny(texts_file, mixed_precision="fp16"), tmp_path / "run", quiet=True)
+
+
+def test_trackers_get_every_row(texts_file: Path, tmp_path: Path) -> None:
+    """TensorBoard's files hold the losses of each class; unknown trackers are refused by name."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    fit(resolve_tiny(texts_file, trackers=["tensorboard"], max_steps=3), run, quiet=True)
+    (events,) = run.rglob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+    logged = [row for row in read_log(run) if row["event"] == "step" and row["class_index"] == 2]
+    scalars = accumulator.Scalars("class-2-river/loss")
+    assert [scalar.step for scalar in scalars] == [row["step"] for row in logged]
+    assert [scalar.value for scalar in scalars] == pytest.approx([row["loss"] for row in logged])
+    with pytest.raises(UserError, match="tracker 'tensorbord' is unknown"):
+        fit(resolve_tiny(texts_file, trackers=["tensorbord"]), tmp_path / "other", quiet=True)
+
+
 def test_time_limit_saves_and_says_so(texts_file: Path, tmp_path: Path) -> None:
     """--max-time ends with exit code 4 after saving; a longer limit goes on and finishes."""
     with pytest.raises(StoppedEarly, match=r"time limit of 0\.1 s") as stopped:
