@@ -9,7 +9,8 @@ import typer
 from accel_gpt2.cli.errors import plain_app, run
 from accel_gpt2.cli.options import DebugOption, JsonOption, QuietOption, RunArgument
 from accel_gpt2.cli.output import is_main_process, print_json, print_table, say
-from accel_gpt2.cli.run_directory import require_run
+from accel_gpt2.cli.run_directory import RECIPE_FILE, require_run
+from accel_gpt2.recipe import read_layer, resolve
 
 
 def evaluate(
@@ -40,13 +41,14 @@ def evaluate(
         print_json(metrics)
     else:
         show_metrics(metrics)
-    say(f"Report: {report}")
+    if report is not None:
+        say(f"Report: {report}")
 
 
 def evaluate_and_report(
     run_directory: Path, *, dataset: str | None, split: str | None, quiet: bool
 ) -> tuple[Mapping[str, Any], Path | None]:
-    """The metrics, and where the report is; only the main process of several writes one.
+    """The metrics, and where the report is; other documents than the run's own have none.
 
     Raises:
         UserError: when the path is no run directory, the run has no trained models, or the data is
@@ -56,7 +58,9 @@ def evaluate_and_report(
     from accel_gpt2.classify.evaluate import evaluate_run
 
     metrics = evaluate_run(run_directory, dataset=dataset, split=split, quiet=quiet)
-    if not is_main_process():
+    recipe = resolve([read_layer(run_directory / RECIPE_FILE)]).recipe
+    own = (metrics["dataset"], metrics["split"]) == (recipe.dataset, recipe.test_split)
+    if not (own and is_main_process()):
         return metrics, None
     from accel_gpt2.report import write_report
 
@@ -70,13 +74,16 @@ def show_metrics(metrics: Mapping[str, Any]) -> None:
         {
             "": "left",
             "accuracy": "right",
-            "95% interval": "left",
+            "95% CI": "right",
             "macro-F1": "right",
             "NLL": "right",
             "ECE": "right",
         },
         [
-            _row("GPT-2 per class", {**metrics, **_calibration_metrics(metrics)}),
+            _row(
+                f"{metrics.get('model') or 'GPT-2'} per class",
+                {**metrics, **_calibration_metrics(metrics)},
+            ),
             _row(str(baseline.get("name") or "TF-IDF + LR"), baseline),
             _row("majority class", {"accuracy": metrics.get("majority_class_accuracy")}),
         ],
@@ -93,7 +100,7 @@ def _row(name: str, values: Mapping[str, Any]) -> list[str]:
     return [
         name,
         _number(values.get("accuracy")),
-        "" if interval is None else f"{interval[0]:.3f} - {interval[1]:.3f}",
+        "" if interval is None else f"{interval[0]:.3f}-{interval[1]:.3f}",
         _number(values.get("macro_f1")),
         _number(values.get("nll")),
         _number(values.get("ece")),

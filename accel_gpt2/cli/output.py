@@ -50,7 +50,7 @@ def print_table(columns: Mapping[str, Literal["left", "right"]], rows: list[list
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for heading, side in columns.items():
         table.add_column(heading, justify=side, overflow="fold")
     for row in rows:
