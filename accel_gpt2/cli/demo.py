@@ -14,14 +14,23 @@ from accel_gpt2.cli.options import (
     JsonOption,
     QuietOption,
     TrainOptions,
-    command_line_layers,
 )
 from accel_gpt2.cli.output import print_json, say
 from accel_gpt2.cli.run_directory import RECIPE_FILE
 from accel_gpt2.cli.train import launch_training
 from accel_gpt2.errors import ExitCode
+from accel_gpt2.recipe import Layer
 
 _REPORT = Path("evaluation", "report.html")
+
+# Two minutes of training on two CPU cores.
+_DEMO_RECIPE: Mapping[str, object] = {
+    "model": "gpt2-tiny",
+    "dataset": "docstrings",
+    "train_documents_per_class": 1200,
+    "validation_documents": 400,
+    "epochs": 2.0,
+}
 
 
 def demo(
@@ -57,7 +66,7 @@ def run_demo(
         say(f"{run_directory} is trained and evaluated already.")
         return done, run_directory / _REPORT
     options = TrainOptions(
-        layers=command_line_layers({"model": "gpt2-tiny", "dataset": "docstrings"}, []),
+        layers=(Layer(origin="demo", values=_DEMO_RECIPE),),
         output_dir=run_directory,
         quiet=quiet,
         debug=debug,

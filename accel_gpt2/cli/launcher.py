@@ -36,6 +36,9 @@ from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
 ACCELERATE_FILE = "accelerate.yaml"
 COMMAND_FILE = "command.txt"
 
+# Set for a trainer whose exit code is read from status.json by the process that it names.
+WAITED_FOR_BY = "ACCEL_GPT2_WAITED_FOR_BY"
+
 _KILLING_INTERRUPTS = 3  # Ctrl-C: 1 saves and stops, 2 stops, 3 kills a trainer that hangs
 _POLL_SECONDS = 0.2
 
@@ -152,6 +155,7 @@ def run_launch(launch: Launch) -> int:
         (launch.run_directory / name).unlink(missing_ok=True)
     process = subprocess.Popen(
         launch.argv,
+        env={**os.environ, WAITED_FOR_BY: str(os.getpid())},
         stdin=subprocess.DEVNULL,
         stdout=2,  # what a trainer or a library prints is talk; our stdout is for data
         start_new_session=True,  # the terminal's Ctrl-C comes to us alone, and is passed on once

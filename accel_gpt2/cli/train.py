@@ -20,6 +20,7 @@ from accel_gpt2.cli.hardware import (
 from accel_gpt2.cli.launcher import (
     ACCELERATE_FILE,
     COMMAND_FILE,
+    WAITED_FOR_BY,
     Launch,
     Launcher,
     accelerate_config,
@@ -37,7 +38,7 @@ from accel_gpt2.cli.run_directory import (
     prepare_run_directory,
     write_atomically,
 )
-from accel_gpt2.errors import ExitCode, UserError
+from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
 from accel_gpt2.plan.batch import profile_recipe_defaults
 from accel_gpt2.recipe import (
     FIELDS,
@@ -160,23 +161,33 @@ def train_here(options: TrainOptions) -> None:
     """
     stop_with_parent()
     choice = choose(options)
-    recipe = choice.resolved.recipe
     if options.dry_run:
         if is_main_process():
             show_recipe(choice.resolved)
         return
     if is_main_process():
-        check_run_directory(choice.run_directory, recipe, resume=options.resume)
-    with recorded_outcome(choice.run_directory):
-        if not _is_own_recipe(options.recipe_file, options.output_dir):  # else `train` has said it
-            _announce(choice, quiet=options.quiet)
-        _use_device(choice)
-        _preflight(choice)
-        if is_main_process():
-            prepare_run_directory(choice.run_directory, recipe, resume=options.resume)
-        from accel_gpt2.classify.fit import fit
+        check_run_directory(choice.run_directory, choice.resolved.recipe, resume=options.resume)
+    try:
+        with recorded_outcome(choice.run_directory):
+            _train(choice, options)
+    except StoppedEarly as stopped:
+        # A launcher adds a traceback to any exit code but 0; who waits reads status.json instead.
+        if WAITED_FOR_BY not in os.environ:
+            raise
+        say(str(stopped))
 
-        fit(choice.resolved, choice.run_directory, resume=options.resume, quiet=options.quiet)
+
+def _train(choice: TrainChoice, options: TrainOptions) -> None:
+    if not _is_own_recipe(options.recipe_file, options.output_dir):  # else `train` has said it
+        _announce(choice, quiet=options.quiet)
+    _use_device(choice)
+    _preflight(choice)
+    recipe = choice.resolved.recipe
+    if is_main_process():
+        prepare_run_directory(choice.run_directory, recipe, resume=options.resume)
+    from accel_gpt2.classify.fit import fit
+
+    fit(choice.resolved, choice.run_directory, resume=options.resume, quiet=options.quiet)
 
 
 def _use_device(choice: TrainChoice) -> None:

@@ -400,8 +400,8 @@ def test_accelerate_itself_starts_the_trainer_and_stays_quiet(
     config = accelerate_config(PROFILES["cpu"], "no")
     (run_directory / "accelerate.yaml").write_text(config, "utf-8")
 
-    code = run_launch(training_launch(run_directory, num_cores=2, num_processes=1))
+    code = run_launch(training_launch(run_directory, num_cores=3, num_processes=1))
 
     assert code == ExitCode.STOPPED
-    assert (run_directory / "seen").read_text("utf-8") == "True no 2"
+    assert (run_directory / "seen").read_text("utf-8") == "True no 3"
     assert "Traceback" not in capfd.readouterr().err
