@@ -13,7 +13,7 @@ def train_flops_per_token(
 
     >>> gpt2 = dict(n_layer=12, n_embd=768, vocab_size=50257)
     >>> round(train_flops_per_token(**gpt2, context_tokens=1024) / 1e6)
-    855
+    854
     """
     matrices = 12 * n_layer * n_embd**2 + vocab_size * n_embd
     return 6.0 * matrices + 12.0 * n_layer * n_embd * context_tokens
