@@ -6,6 +6,7 @@ import json
 import re
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from accel_gpt2.classify.baseline import tfidf_logistic_regression
 from accel_gpt2.classify.bayes import log_priors, predict
 from accel_gpt2.classify.calibration import Calibration
 from accel_gpt2.classify.card import write_card
-from accel_gpt2.classify.fit import TRAINING_RECORD
 from accel_gpt2.classify.metrics import (
     bits_per_byte_matrix,
     bits_per_token_matrix,
@@ -27,13 +27,19 @@ from accel_gpt2.classify.metrics import (
     mcnemar_exact,
     paired_accuracy_difference_interval,
 )
-from accel_gpt2.classify.run import Run, open_run
+from accel_gpt2.classify.run import CALIBRATION, PREPARE_LOCK, TRAINING_RECORD, Run, open_run
+from accel_gpt2.data.cache import cache_directory
 from accel_gpt2.data.sources import TextData, load_documents, load_text_data
 from accel_gpt2.data.tokenized import TokenizedDocuments, tokenize_documents
 from accel_gpt2.data.tokenizer import load_saved_tokenizer
 from accel_gpt2.train.checkpoint import MANIFEST, write_json
 from accel_gpt2.train.model import load_final
-from accel_gpt2.train.processes import build_accelerator, is_first_process
+from accel_gpt2.train.processes import (
+    build_accelerator,
+    is_first_process,
+    on_first_process,
+    one_process_at_a_time,
+)
 from accel_gpt2.train.progress import TrainProgress
 from accel_gpt2.train.scoring import score_documents
 
@@ -63,43 +69,38 @@ def evaluate_run(
     """
     run = open_run(run_directory)
     talks = is_first_process()
-    text = load_text_data(run.recipe)
-    own = dataset in (None, run.recipe.dataset) and split in (None, run.recipe.test_split)
-    if own:
-        documents = text.test
-        folder = run_directory / "evaluation"
-    else:
-        documents = _other_documents(run, dataset, split)
-        label = re.sub(r"[^\w.-]+", "-", f"{dataset or run.recipe.dataset}-{split or 'test'}")
-        folder = run_directory / f"evaluation-{label}"
-    tokenizer = load_saved_tokenizer(run_directory / "tokenizer")
-    tokens = tokenize_documents(
-        documents,
-        tokenizer,
-        run.recipe.max_length,
-        description="test",
-        progress=talks and not quiet,
-    )
-    folder.mkdir(exist_ok=True)
+    with one_process_at_a_time(cache_directory() / PREPARE_LOCK):
+        text = load_text_data(run.recipe, progress=talks and not quiet)
+        own = dataset in (None, run.recipe.dataset) and split in (None, run.recipe.test_split)
+        documents = text.test if own else _other_documents(run, dataset, split)
+        tokens = tokenize_documents(
+            documents,
+            load_saved_tokenizer(run_directory / "tokenizer"),
+            run.recipe.max_length,
+            description="test",
+            progress=talks and not quiet,
+        )
+    label = re.sub(r"[^\w.-]+", "-", f"{dataset or run.recipe.dataset}-{split or 'test'}")
+    folder = run_directory / ("evaluation" if own else f"evaluation-{label}")
     accelerator = build_accelerator(run.recipe)
+    on_first_process(accelerator, lambda: folder.mkdir(exist_ok=True))
     with TrainProgress(shown=talks, quiet=quiet) as progress:
         scores = _score(run, tokens, folder / "scores.parquet", accelerator, progress)
-        if talks:
-            progress.say("TF-IDF + logistic regression, for comparison")
-    metrics: dict[str, Any] = {}
-    if accelerator.is_main_process:
-        metrics = _metrics(run, text, documents, tokens, scores)
+        progress.say("TF-IDF + logistic regression, for comparison")
+
+    def write_metrics() -> dict[str, Any]:
         metrics = {
             "dataset": dataset or run.recipe.dataset,
             "split": split or run.recipe.test_split,
-            **metrics,
+            **_metrics(run, text, documents, tokens, scores),
         }
         write_json(folder / "metrics.json", metrics)
         if own:
             plan = json.loads((run_directory / "plan.json").read_text(encoding="utf-8"))
             write_card(run_directory, run.recipe, plan, metrics=metrics)
-    accelerator.wait_for_everyone()
-    return metrics
+        return metrics
+
+    return on_first_process(accelerator, write_metrics)
 
 
 def _other_documents(run: Run, dataset: str | None, split: str | None) -> datasets.Dataset:
@@ -160,11 +161,8 @@ def _score(
         )
         records.append({"key": key, "seconds": time.monotonic() - started})
         del model
-        if accelerator.is_main_process:
-            _write_scores(path, run, tokens, columns, records)
-        accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _write_scores(path, run, tokens, columns, records)
+        on_first_process(accelerator, partial(_write_scores, path, run, tokens, columns, records))
+    on_first_process(accelerator, partial(_write_scores, path, run, tokens, columns, records))
     return Scores(
         log_likelihoods=np.stack(columns, axis=1),
         seconds=sum(record["seconds"] for record in records),
@@ -226,7 +224,7 @@ def _metrics(
     labels = tokens.labels.astype(np.int64)
     num_tokens = tokens.lengths.astype(np.int64) - 1
     log_prior = log_priors(run.class_counts, run.recipe.priors)
-    saved = json.loads((run.directory / "calibration.json").read_text(encoding="utf-8"))
+    saved = json.loads((run.directory / CALIBRATION).read_text(encoding="utf-8"))
     calibration = Calibration.from_json(saved)
     seed = run.recipe.seed
     correct = predict(scores.log_likelihoods, log_prior) == labels

@@ -1,7 +1,7 @@
 """One language model per class: the launched process's whole job, from text to `final/` folders."""
 
-import contextlib
 import dataclasses
+import gc
 import json
 import os
 import platform
@@ -9,8 +9,9 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,13 @@ from numpy.typing import NDArray
 from accel_gpt2.classify.bayes import log_priors, predict
 from accel_gpt2.classify.calibration import fit_calibration
 from accel_gpt2.classify.card import write_card
-from accel_gpt2.classify.run import Run, class_directory, open_run
+from accel_gpt2.classify.run import (
+    CALIBRATION,
+    PREPARE_LOCK,
+    TRAINING_RECORD,
+    class_directory,
+    open_run,
+)
 from accel_gpt2.data.cache import cache_directory
 from accel_gpt2.data.sources import TextData, load_text_data
 from accel_gpt2.data.tokenized import TokenizedDocuments, tokenize_documents
@@ -30,13 +37,15 @@ from accel_gpt2.data.tokenizer import TextTokenizer, load_tokenizer
 from accel_gpt2.errors import UsageError, UserError
 from accel_gpt2.recipe import ResolvedRecipe, TrainRecipe, result_differences, to_yaml
 from accel_gpt2.train.checkpoint import (
-    MANIFEST,
-    Checkpoint,
     Identity,
     TrainState,
+    checkpoint_path,
+    is_whole,
     newest_checkpoint,
     publish_directory,
-    read_checkpoint,
+    read_state,
+    read_weights,
+    set_aside_newer,
     verify,
     write_json,
 )
@@ -48,12 +57,17 @@ from accel_gpt2.train.loop import (
     validation_scores_path,
 )
 from accel_gpt2.train.model import LanguageModel, build_model
-from accel_gpt2.train.processes import build_accelerator, current_gpu, is_first_process
+from accel_gpt2.train.processes import (
+    build_accelerator,
+    current_gpu,
+    is_first_process,
+    on_first_process,
+    one_process_at_a_time,
+    start_trackers,
+)
 from accel_gpt2.train.progress import TrainProgress
 from accel_gpt2.train.stopping import StopRequest
 from accel_gpt2.units import format_bytes, format_count
-
-TRAINING_RECORD = "training.json"
 
 _RECORDED_PACKAGES = (
     "accel-gpt2",
@@ -79,6 +93,15 @@ class PreparedData:
     validation: TokenizedDocuments
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Standing:
+    """Where a class stands when a run starts, decided by the first process for all."""
+
+    finished: bool
+    checkpoint: Path | None  # whole; what to go on from
+    skipped: tuple[str, ...]  # what is wrong with newer ones
+
+
 def fit(
     resolved: ResolvedRecipe, run_directory: Path, *, resume: str = "auto", quiet: bool = False
 ) -> None:
@@ -100,21 +123,24 @@ def fit(
     with StopRequest(recipe.max_time_seconds) as stop:
         data = prepare_data(recipe, progress=talks and not quiet)
         accelerator = build_accelerator(recipe, run_directory)
-        if talks:
-            _start_directory(run_directory, recipe, data, resume=resume)
-        accelerator.wait_for_everyone()
-        with TrainProgress(shown=talks, quiet=quiet) as progress:
-            _fit_classes(
-                recipe,
-                run_directory,
-                data,
-                accelerator,
-                stop=stop,
-                progress=progress,
-                resume=resume,
-            )
-        for tracker in accelerator.trackers:
-            tracker.finish()
+        standings = on_first_process(
+            accelerator, lambda: _start_directory(run_directory, recipe, data, resume=resume)
+        )
+        start_trackers(accelerator)
+        try:
+            with TrainProgress(shown=talks, quiet=quiet) as progress:
+                _fit_classes(
+                    recipe,
+                    run_directory,
+                    data,
+                    standings,
+                    accelerator,
+                    stop=stop,
+                    progress=progress,
+                )
+        finally:
+            for tracker in accelerator.trackers:
+                tracker.finish()
 
 
 def prepare_data(recipe: TrainRecipe, *, progress: bool) -> PreparedData:
@@ -123,7 +149,7 @@ def prepare_data(recipe: TrainRecipe, *, progress: bool) -> PreparedData:
     It happens before the processes meet, so that no collective waits for it; the first process of
     a machine does the work and the others read its cache.
     """
-    with _one_at_a_time():
+    with one_process_at_a_time(cache_directory() / PREPARE_LOCK):
         text = load_text_data(recipe, progress=progress)
         tokenizer = load_tokenizer(recipe, text.train["text"], progress=progress)
         train, validation = (
@@ -135,35 +161,51 @@ def prepare_data(recipe: TrainRecipe, *, progress: bool) -> PreparedData:
     return PreparedData(text=text, tokenizer=tokenizer, train=train, validation=validation)
 
 
-@contextlib.contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
-    from filelock import FileLock
-
-    cache_directory().mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_directory() / "prepare.lock"):
-        yield
-
-
 def _start_directory(
     run_directory: Path, recipe: TrainRecipe, data: PreparedData, *, resume: str
-) -> None:
+) -> list[_Standing]:
+    """Look at what is there, refuse what does not go together, and only then write."""
     run_directory.mkdir(parents=True, exist_ok=True)
     if resume == "never":
         _move_aside(run_directory)
+    names = data.text.class_names
+    directories = _class_directories(run_directory, data)
+    chosen = None if resume in {"auto", "never"} else _chosen_checkpoint(resume, len(names))
+    standings = []
+    for index, directory in enumerate(directories):
+        identity = _identity(recipe, data, index)
+        standing = _standing(directory, identity, recipe)
+        if chosen is not None and chosen[0] == index:
+            if standing.finished:
+                raise UsageError(
+                    f"--resume {resume}: {names[index]} is trained to the end already; give "
+                    f"--resume auto to go on with the others, or remove {directory / 'final'}."
+                )
+            _check_identity(read_state(chosen[1])[1], identity, recipe, chosen[1])
+            standing = _Standing(finished=False, checkpoint=chosen[1], skipped=())
+        standings.append(standing)
+    for directory, standing in zip(directories, standings, strict=True):
+        directory.mkdir(exist_ok=True)
+        if not standing.finished:
+            start = standing.checkpoint
+            set_aside_newer(directory, -1 if start is None else read_state(start)[0].step)
     (run_directory / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     if not (run_directory / "command.txt").is_file():
         (run_directory / "command.txt").write_text(shlex.join(sys.argv) + "\n", encoding="utf-8")
     write_json(run_directory / "environment.json", _environment())
     data.tokenizer.save(run_directory / "tokenizer")
+    return standings
+
+
+def _class_directories(run_directory: Path, data: PreparedData) -> list[Path]:
+    names = data.text.class_names
+    return [class_directory(run_directory, index, name) for index, name in enumerate(names)]
 
 
 def _move_aside(run_directory: Path) -> None:
     """Results of an earlier run are kept, under a name that says when they were put there."""
     old = [*run_directory.glob("class-*"), *run_directory.glob("evaluation*")]
-    old += [run_directory / name for name in ("log.jsonl", "calibration.json", "trackers")]
+    old += [run_directory / name for name in ("log.jsonl", CALIBRATION, "trackers")]
     old = [path for path in old if path.exists()]
     if old:
         aside = run_directory / time.strftime("before-%Y-%m-%d-%H%M%S")
@@ -176,23 +218,17 @@ def _fit_classes(
     recipe: TrainRecipe,
     run_directory: Path,
     data: PreparedData,
+    standings: list[_Standing],
     accelerator: Any,
     *,
     stop: StopRequest,
     progress: TrainProgress,
-    resume: str,
 ) -> None:
     names = data.text.class_names
-    directories = [class_directory(run_directory, i, name) for i, name in enumerate(names)]
-    identities = [_identity(recipe, data, index) for index in range(len(names))]
+    directories = _class_directories(run_directory, data)
     by_class = [data.train.for_class(index) for index in range(len(names))]
     steps = [BatchSchedule(data.train.lengths[indices], recipe).total_steps for indices in by_class]
-    finished = [
-        _is_finished(directory, identity, recipe)
-        for directory, identity in zip(directories, identities, strict=True)
-    ]
-    stop.saving = any(finished)
-    chosen = _chosen_checkpoint(resume, len(names))
+    stop.saving = any(x.finished or x.checkpoint is not None for x in standings)
     gpu = current_gpu(accelerator)
 
     def log(row: dict[str, object]) -> None:
@@ -208,16 +244,16 @@ def _fit_classes(
         accelerator.log(numbers, step=row["step"])
 
     described = False
-    for index, name in enumerate(names):
-        if finished[index]:
+    for index, (name, directory, standing) in enumerate(
+        zip(names, directories, standings, strict=True)
+    ):
+        if standing.finished:
             progress.say(f"{name} ({index + 1}/{len(names)}) is trained already")
             continue
-        directory, identity = directories[index], identities[index]
-        if accelerator.is_main_process:
-            directory.mkdir(exist_ok=True)
-        checkpoint = _checkpoint_for(
-            directory, identity, recipe, chosen if chosen and chosen[0] == index else None, progress
-        )
+        for problem in standing.skipped:
+            progress.say(f"Skipped: {problem}")
+        if standing.checkpoint is not None:
+            progress.say(f"{name} goes on from {standing.checkpoint}")
         model = build_model(
             recipe,
             vocab_size=data.tokenizer.vocab_size,
@@ -226,41 +262,46 @@ def _fit_classes(
         if not described:
             described = True
             plan = _describe_plan(recipe, data, model, by_class, steps, accelerator.num_processes)
-            if accelerator.is_main_process:
-                write_json(run_directory / "plan.json", plan)
-                write_card(run_directory, recipe, plan, metrics=None)
-            _announce(progress, plan, accelerator)
+            on_first_process(accelerator, partial(_write_plan, run_directory, recipe, plan))
+            _announce(progress, plan, run_directory, accelerator)
         job = ClassTraining(
-            identity=identity,
+            identity=_identity(recipe, data, index),
             directory=directory,
             documents=data.train.select(by_class[index]),
             validation=data.validation,
             model=model,
-            checkpoint=checkpoint,
+            checkpoint=standing.checkpoint,
             joint_accuracy=_joint_accuracy(index, directories, data, recipe),
             num_classes=len(names),
             earlier_seconds=sum(_training_seconds(directory) for directory in directories),
             later_steps=sum(
-                count for later, count in enumerate(steps) if later > index and not finished[later]
+                count
+                for later, count in enumerate(steps)
+                if later > index and not standings[later].finished
             ),
         )
-        event = "start" if checkpoint is None else "resume"
-        step = 0 if checkpoint is None else checkpoint.state.step
+        start = standing.checkpoint
+        event = "start" if start is None else "resume"
+        step = 0 if start is None else read_state(start)[0].step
         log({"event": event, "class_index": index, "class_name": name, "step": step})
         state = train_class(
             job, recipe, accelerator=accelerator, gpu=gpu, stop=stop, progress=progress, log=log
         )
-        if accelerator.is_main_process:
-            _publish_final(job, data.tokenizer, state)
-        accelerator.wait_for_everyone()
+        on_first_process(accelerator, partial(_publish_final, job, data.tokenizer, state))
         log({"event": "finish", "class_index": index, "class_name": name, "step": state.step})
-        accelerator.free_memory()
+        # In this order, or the next model is built while this one is still on the device:
+        # Accelerate's wrapped forward pass makes the model a cycle that only gc takes apart.
         del model, job
+        accelerator.free_memory()
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    if accelerator.is_main_process:
-        _calibrate(open_run(run_directory), data, progress)
-    accelerator.wait_for_everyone()
+    on_first_process(accelerator, lambda: _calibrate(run_directory, data, progress))
+
+
+def _write_plan(run_directory: Path, recipe: TrainRecipe, plan: dict[str, Any]) -> None:
+    write_json(run_directory / "plan.json", plan)
+    write_card(run_directory, recipe, plan, metrics=None)
 
 
 def _identity(recipe: TrainRecipe, data: PreparedData, index: int) -> Identity:
@@ -303,50 +344,32 @@ def _check_identity(there: Identity, here: Identity, recipe: TrainRecipe, path: 
         )
 
 
-def _is_finished(directory: Path, identity: Identity, recipe: TrainRecipe) -> bool:
+def _standing(directory: Path, identity: Identity, recipe: TrainRecipe) -> _Standing:
     final = directory / "final"
-    if not (final / MANIFEST).is_file():
-        return False
-    try:
-        verify(final)
-    except UserError:
-        return False  # damaged: exported again from the checkpoints
-    record = json.loads((final / TRAINING_RECORD).read_text(encoding="utf-8"))
-    _check_identity(Identity(**record["identity"]), identity, recipe, final)
-    return True
+    if is_whole(final):
+        record = json.loads((final / TRAINING_RECORD).read_text(encoding="utf-8"))
+        _check_identity(Identity(**record["identity"]), identity, recipe, final)
+        return _Standing(finished=True, checkpoint=None, skipped=())
+    # A damaged `final/` is exported again, from the checkpoints.
+    checkpoint, problems = newest_checkpoint(directory)
+    if checkpoint is not None:
+        _check_identity(read_state(checkpoint)[1], identity, recipe, checkpoint)
+    return _Standing(finished=False, checkpoint=checkpoint, skipped=tuple(problems))
 
 
-def _chosen_checkpoint(resume: str, num_classes: int) -> tuple[int, Checkpoint] | None:
-    if resume in {"auto", "never"}:
-        return None
-    path = Path(resume)
+def _chosen_checkpoint(resume: str, num_classes: int) -> tuple[int, Path]:
+    path = Path(resume).resolve()  # `best` is a link that moves on
     if not path.is_dir():
         raise UsageError(f"--resume {resume}: give auto, never, or a checkpoint directory.")
-    checkpoint = read_checkpoint(path)
-    if checkpoint.identity.class_index >= num_classes:
+    verify(path)
+    if not (path / "state.json").is_file():
+        raise UsageError(
+            f"--resume {resume}: it is no checkpoint; give a checkpoint-... directory."
+        )
+    class_index = read_state(path)[1].class_index
+    if class_index >= num_classes:
         raise UsageError(f"--resume {resume}: it is of a class that this data set has not got.")
-    return checkpoint.identity.class_index, checkpoint
-
-
-def _checkpoint_for(
-    directory: Path,
-    identity: Identity,
-    recipe: TrainRecipe,
-    chosen: tuple[int, Checkpoint] | None,
-    progress: TrainProgress,
-) -> Checkpoint | None:
-    if chosen is not None:
-        checkpoint: Checkpoint | None = chosen[1]
-    else:
-        checkpoint, problems = newest_checkpoint(directory)
-        for problem in problems:
-            progress.say(f"Skipped: {problem}")
-    if checkpoint is None:
-        return None
-    path = directory / f"checkpoint-{checkpoint.state.step}"
-    _check_identity(checkpoint.identity, identity, recipe, path)
-    progress.say(f"{identity.class_name} goes on from {path}")
-    return checkpoint
+    return class_index, path
 
 
 def _joint_accuracy(
@@ -374,11 +397,19 @@ def _class_counts(data: PreparedData) -> list[int]:
 
 
 def _best_validation_scores(directory: Path) -> NDArray[np.float64] | None:
+    """Of a finished class; None when it is not finished."""
     record = directory / "final" / TRAINING_RECORD
     if not record.is_file():
         return None
     best_step = json.loads(record.read_text(encoding="utf-8"))["best_step"]
-    scores: NDArray[np.float64] = np.load(validation_scores_path(directory, best_step))
+    path = validation_scores_path(directory, best_step)
+    try:
+        scores: NDArray[np.float64] = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): remove {directory} and start again to train this "
+            "class anew."
+        ) from error
     return scores
 
 
@@ -391,8 +422,9 @@ def _training_seconds(directory: Path) -> float:
 
 def _publish_final(job: ClassTraining, tokenizer: TextTokenizer, state: TrainState) -> None:
     """Write `final/` from the best checkpoint: a model that transformers or peft loads as it is."""
-    best = read_checkpoint(job.directory / "best")
-    job.model.load_trainable_state(best.weights)
+    best = checkpoint_path(job.directory, state.best_step)
+    verify(best)
+    job.model.load_trainable_state(read_weights(best))
 
     def write(staging: Path) -> None:
         job.model.save_pretrained(staging)
@@ -400,8 +432,8 @@ def _publish_final(job: ClassTraining, tokenizer: TextTokenizer, state: TrainSta
         record = {
             "class_index": job.identity.class_index,
             "class_name": job.identity.class_name,
-            "best_step": best.state.step,
-            "best_bits_per_token": best.state.best_bits_per_token,
+            "best_step": state.best_step,
+            "best_bits_per_token": state.best_bits_per_token,
             "steps": state.step,
             "document_tokens": state.tokens,
             "seconds": state.seconds,
@@ -413,8 +445,9 @@ def _publish_final(job: ClassTraining, tokenizer: TextTokenizer, state: TrainSta
     publish_directory(job.directory / "final", write)
 
 
-def _calibrate(run: Run, data: PreparedData, progress: TrainProgress) -> None:
-    """Fit the calibration on validation scores of the best models, and log the joint accuracy."""
+def _calibrate(run_directory: Path, data: PreparedData, progress: TrainProgress) -> None:
+    """Fit the calibration on validation scores of the best models, and say the joint accuracy."""
+    run = open_run(run_directory, finished=False)
     columns = [_best_validation_scores(run.class_directory(i)) for i in range(len(run.class_names))]
     log_likelihoods = np.stack([column for column in columns if column is not None], axis=1)
     log_prior = log_priors(run.class_counts, run.recipe.priors)
@@ -423,7 +456,7 @@ def _calibrate(run: Run, data: PreparedData, progress: TrainProgress) -> None:
     calibration = fit_calibration(log_likelihoods, log_prior, num_tokens, labels)
     accuracy = float((predict(log_likelihoods, log_prior) == labels).mean())
     write_json(
-        run.directory / "calibration.json",
+        run_directory / CALIBRATION,
         {
             **calibration.to_json(),
             "joint_validation_accuracy": accuracy,
@@ -476,7 +509,9 @@ def _describe_plan(
     }
 
 
-def _announce(progress: TrainProgress, plan: dict[str, Any], accelerator: Any) -> None:
+def _announce(
+    progress: TrainProgress, plan: dict[str, Any], run_directory: Path, accelerator: Any
+) -> None:
     steps = sum(plan["steps_per_class"].values())
     where = str(accelerator.device)
     if accelerator.num_processes > 1:
@@ -486,7 +521,7 @@ def _announce(progress: TrainProgress, plan: dict[str, Any], accelerator: Any) -
         f"({format_count(plan['num_trainable_parameters'])} trained), {steps} steps in all, on "
         f"{where}"
     )
-    free = shutil.disk_usage(Path.cwd()).free
+    free = shutil.disk_usage(run_directory).free
     progress.say(
         f"A checkpoint is {format_bytes(plan['checkpoint_bytes'])}; the run keeps at most "
         f"{format_bytes(plan['kept_bytes'])} on the disk ({format_bytes(free)} free)"

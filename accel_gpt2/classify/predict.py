@@ -15,7 +15,7 @@ from accel_gpt2.classify.bayes import (
     predict,
 )
 from accel_gpt2.classify.calibration import Calibration, calibrated_log_probabilities
-from accel_gpt2.classify.run import Run, open_run
+from accel_gpt2.classify.run import CALIBRATION, Run, open_run
 from accel_gpt2.data.tokenizer import EncodedDocument, TextTokenizer, load_saved_tokenizer
 from accel_gpt2.train.model import LanguageModel, load_final
 from accel_gpt2.train.processes import build_accelerator
@@ -121,6 +121,6 @@ def load_classifier(run_directory: Path) -> Classifier:
         UserError: when it is no run directory, or not trained to the end.
     """
     run = open_run(run_directory)
-    saved = json.loads((run_directory / "calibration.json").read_text(encoding="utf-8"))
+    saved = json.loads((run_directory / CALIBRATION).read_text(encoding="utf-8"))
     tokenizer = load_saved_tokenizer(run_directory / "tokenizer")
     return Classifier(run, tokenizer, Calibration.from_json(saved))

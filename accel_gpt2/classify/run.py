@@ -10,6 +10,10 @@ from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import Layer, TrainRecipe, read_layer, resolve
 from accel_gpt2.train.checkpoint import MANIFEST
 
+CALIBRATION = "calibration.json"  # in the run directory, written when all classes are trained
+TRAINING_RECORD = "training.json"  # in `final/`: the best step, tokens, seconds, identity
+PREPARE_LOCK = "prepare.lock"  # in the cache: who reads and tokenises, the others wait
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
@@ -58,22 +62,33 @@ def open_run(directory: Path, *, finished: bool = True) -> Run:
     # The file holds every key, so nothing of today's defaults gets in.
     layer = read_layer(recipe_path)
     recipe = resolve([Layer(origin=layer.origin, values=layer.values)]).recipe
-    plan: dict[str, Any] = json.loads(plan_path.read_text(encoding="utf-8"))
-    run = Run(
-        directory=directory,
-        recipe=recipe,
-        class_names=tuple(plan["class_names"]),
-        class_counts=tuple(plan["class_counts"]),
-    )
+    try:
+        plan: dict[str, Any] = json.loads(plan_path.read_text(encoding="utf-8"))
+        run = Run(
+            directory=directory,
+            recipe=recipe,
+            class_names=tuple(plan["class_names"]),
+            class_counts=tuple(plan["class_counts"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{plan_path} cannot be read ({type(error).__name__}: {error}). {_go_on(directory)}"
+        ) from None
     missing = [
         name
         for index, name in enumerate(run.class_names)
         if not (run.final(index) / MANIFEST).is_file()
     ]
+    if not missing and not (directory / CALIBRATION).is_file():
+        missing = [CALIBRATION]
     if finished and missing:
         raise UserError(
             f"{directory} is not trained to the end: {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} missing. Go on with "
-            f"`accel-gpt2 train --recipe {recipe_path} --output-dir {directory}`."
+            f"{'is' if len(missing) == 1 else 'are'} missing. {_go_on(directory)}"
         )
     return run
+
+
+def _go_on(directory: Path) -> str:
+    recipe_path = directory / "recipe.yaml"
+    return f"Go on with `accel-gpt2 train --recipe {recipe_path} --output-dir {directory}`."

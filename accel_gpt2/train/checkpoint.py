@@ -7,18 +7,23 @@ read, or a whole checkpoint. Nothing is unpickled on reading: tensors are safete
 JSON, and the optimizer's state goes through torch's weights-only reader.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,6 +33,7 @@ from accel_gpt2.units import format_bytes
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _STAGING_PREFIX = ".staging-"
+_REPLACED_PREFIX = f"{_STAGING_PREFIX}replaced-"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -70,6 +76,11 @@ class Checkpoint:
     random_states: list[dict[str, Tensor]]  # by rank
 
 
+def checkpoint_path(class_directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, if there is one."""
+    return class_directory / f"checkpoint-{step}"
+
+
 def save_checkpoint(
     class_directory: Path,
     *,
@@ -84,15 +95,18 @@ def save_checkpoint(
     Raises:
         UserError: when the disk has not enough room; nothing was touched then.
     """
-    target = class_directory / f"checkpoint-{state.step}"
+    target = checkpoint_path(class_directory, state.step)
     tensor_bytes = sum(tensor.nbytes for tensor in weights.values()) + _tensor_bytes(optimizer)
     _check_free_space(class_directory, tensor_bytes)
-    with _Staging(target) as staging:
+    with _staged(target) as staging:
         save_file(
             {name: tensor.contiguous() for name, tensor in weights.items()},
             staging / "model.safetensors",
         )
-        torch.save(dict(optimizer), staging / "optimizer.pt")
+        try:
+            torch.save(dict(optimizer), staging / "optimizer.pt")
+        except RuntimeError as error:  # what torch makes of a failed write
+            raise OSError(f"optimizer.pt is cut short, as on a full disk ({error})") from error
         for rank, random_state in enumerate(random_states):
             save_file(random_state, staging / f"random-{rank}.safetensors")
         write_json(
@@ -103,23 +117,29 @@ def save_checkpoint(
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:
-    """Verify a checkpoint against its manifest, then read it.
-
-    Raises:
-        UserError: naming the file that is missing, truncated or changed.
-    """
-    verify(directory)
-    content = json.loads((directory / "state.json").read_text())
+    """Read a checkpoint that `verify` has passed."""
+    state, identity = read_state(directory)
     ranks = sorted(
         directory.glob("random-*.safetensors"), key=lambda path: int(path.stem.split("-")[1])
     )
     return Checkpoint(
-        state=TrainState(**content["state"]),
-        identity=Identity(**content["identity"]),
-        weights=load_file(directory / "model.safetensors"),
+        state=state,
+        identity=identity,
+        weights=read_weights(directory),
         optimizer=torch.load(directory / "optimizer.pt", weights_only=True, map_location="cpu"),
         random_states=[load_file(path) for path in ranks],
     )
+
+
+def read_state(directory: Path) -> tuple[TrainState, Identity]:
+    """Where a checkpoint stands and what it belongs to."""
+    content = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+    return TrainState(**content["state"]), Identity(**content["identity"])
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """The trained parameters of a checkpoint, by name."""
+    return load_file(directory / "model.safetensors")
 
 
 def verify(directory: Path) -> None:
@@ -130,28 +150,44 @@ def verify(directory: Path) -> None:
     """
     path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
-        files = manifest["files"]
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
+        files = {
+            str(name): (int(entry["bytes"]), str(entry["sha256"]))
+            for name, entry in manifest["files"].items()
+        }
     except FileNotFoundError:
         raise UserError(f"{directory} is not whole: it has no {MANIFEST}.") from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {type(error).__name__} {error}.") from None
     if version != FORMAT_VERSION:
         raise UserError(
             f"{directory} has format {version}; this version of accel-gpt2 reads {FORMAT_VERSION}."
         )
-    for name, expected in files.items():
+    for name, (num_bytes, sha256) in files.items():
         file = directory / name
         if directory.resolve() not in file.resolve().parents or not file.is_file():
             raise UserError(f"{directory} is damaged: {name} is missing.")
-        if file.stat().st_size != expected["bytes"]:
+        if file.stat().st_size != num_bytes:
             raise UserError(
                 f"{directory} is damaged: {name} has {file.stat().st_size} bytes, "
-                f"{expected['bytes']} were written."
+                f"{num_bytes} were written."
             )
-        if _sha256(file) != expected["sha256"]:
+        try:
+            found = _sha256(file)
+        except OSError as error:
+            raise UserError(f"{directory} is damaged: {name} cannot be read: {error}.") from None
+        if found != sha256:
             raise UserError(f"{directory} is damaged: the content of {name} has changed.")
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether `verify` passes."""
+    try:
+        verify(directory)
+    except UserError:
+        return False
+    return True
 
 
 def list_checkpoints(class_directory: Path) -> list[Path]:
@@ -164,15 +200,30 @@ def list_checkpoints(class_directory: Path) -> list[Path]:
     return [found[step] for step in sorted(found, reverse=True)]
 
 
-def newest_checkpoint(class_directory: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and what was wrong with any newer one."""
+def newest_checkpoint(class_directory: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and what is wrong with any newer one."""
+    _finish_replacing(class_directory)
     problems: list[str] = []
     for directory in list_checkpoints(class_directory):
         try:
-            return read_checkpoint(directory), problems
+            verify(directory)
+            return directory, problems
         except UserError as error:
             problems.append(str(error))
     return None, problems
+
+
+def set_aside_newer(class_directory: Path, step: int) -> None:
+    """Rename checkpoints after `step` to `superseded-checkpoint-...`.
+
+    They are damaged, or the user went back to before them. Rotation would take them for the newest
+    and remove what is written from here on; a later start would go on from them.
+    """
+    for directory in list_checkpoints(class_directory):
+        if int(directory.name.split("-")[1]) > step:
+            superseded = directory.with_name(f"superseded-{directory.name}")
+            shutil.rmtree(superseded, ignore_errors=True)
+            directory.replace(superseded)
 
 
 def point_best_at(checkpoint: Path) -> None:
@@ -187,18 +238,22 @@ def point_best_at(checkpoint: Path) -> None:
 
 def rotate(class_directory: Path, *, keep: int, best_step: int) -> None:
     """Remove all but the newest `keep` checkpoints and the best one, and stale staging folders."""
+    _remove_staging(class_directory)
     for directory in list_checkpoints(class_directory)[keep:]:
-        if directory.name != f"checkpoint-{best_step}":
+        if directory != checkpoint_path(class_directory, best_step):
             # Under another name first, so that a half-removed folder is not taken for a checkpoint.
-            doomed = directory.with_name(f"{_STAGING_PREFIX}removed-{directory.name}")
-            directory.replace(doomed)
+            directory.replace(directory.with_name(f"{_STAGING_PREFIX}removed-{directory.name}"))
+    _remove_staging(class_directory)
+
+
+def _remove_staging(class_directory: Path) -> None:
     for leftover in class_directory.glob(f"{_STAGING_PREFIX}*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def publish_directory(target: Path, write: Callable[[Path], None]) -> None:
     """Write a directory with `write(staging)`, whole or not at all, replacing what was there."""
-    with _Staging(target) as staging:
+    with _staged(target) as staging:
         write(staging)
 
 
@@ -213,47 +268,75 @@ def write_json(path: Path, content: object) -> None:
     staging.replace(path)
 
 
-class _Staging:
+def write_array(path: Path, array: NDArray[Any]) -> None:
+    """A `.npy` file, flushed to the disk, whole or not at all; its folder is made if need be.
+
+    Raises:
+        UserError: when it cannot be written.
+    """
+    staging = path.with_name(f"{_STAGING_PREFIX}{path.name}")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with staging.open("wb") as file:
+            np.save(file, array)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written: {error.strerror or error}. Make room and start again to "
+            "go on."
+        ) from error
+
+
+@contextlib.contextmanager
+def _staged(target: Path) -> Iterator[Path]:
     """A folder that becomes `target` when the block ends well, and disappears when it does not."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-        self.folder = target.with_name(f"{_STAGING_PREFIX}{target.name}-{os.getpid()}")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        return self.folder
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise UserError(
-                    f"{self.target} could not be written: {error.strerror or error}. What was "
-                    "saved before is intact; make room and start again to go on."
-                ) from error
-            return
+    folder = target.with_name(f"{_STAGING_PREFIX}{target.name}-{os.getpid()}")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
         files = {}
-        for path in sorted(self.folder.rglob("*")):
+        for path in sorted(folder.rglob("*")):
             if path.is_file():
                 _flush_file(path)
-                files[str(path.relative_to(self.folder))] = {
+                files[path.relative_to(folder).as_posix()] = {
                     "bytes": path.stat().st_size,
                     "sha256": _sha256(path),
                 }
-        write_json(self.folder / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
-        _flush_directory(self.folder)
-        if self.target.exists():
-            # A directory cannot replace a full one in a single step; the old one goes aside first.
-            aside = self.target.with_name(f"{_STAGING_PREFIX}old-{self.target.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            self.target.replace(aside)
-            self.folder.replace(self.target)
-            shutil.rmtree(aside)
-        else:
-            self.folder.replace(self.target)
-        _flush_directory(self.target.parent)
+        write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
+        _flush_directory(folder)
+        _replace_directory(folder, target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{target} could not be written: {reason}. What was saved before is intact; make room "
+            "and start again to go on."
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replace_directory(folder: Path, target: Path) -> None:
+    if target.exists():
+        # A directory cannot replace a full one in a single step; the old one goes aside first, and
+        # comes back by `_finish_replacing` if this process ends in between.
+        aside = target.with_name(f"{_REPLACED_PREFIX}{target.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        target.replace(aside)
+        folder.replace(target)
+        shutil.rmtree(aside)
+    else:
+        folder.replace(target)
+    _flush_directory(target.parent)
+
+
+def _finish_replacing(class_directory: Path) -> None:
+    for aside in class_directory.glob(f"{_REPLACED_PREFIX}*"):
+        target = aside.with_name(aside.name.removeprefix(_REPLACED_PREFIX))
+        if not target.exists():
+            aside.replace(target)
 
 
 def _check_free_space(directory: Path, num_bytes: int) -> None:
@@ -283,11 +366,13 @@ def _sha256(path: Path) -> str:
 
 
 def _flush_file(path: Path) -> None:
-    with path.open("rb") as file:
+    with path.open("rb+") as file:  # Windows flushes only what is open for writing
         os.fsync(file.fileno())
 
 
 def _flush_directory(path: Path) -> None:
+    if sys.platform == "win32":
+        return  # it has no such call; renames are in its journal
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

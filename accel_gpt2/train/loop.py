@@ -21,15 +21,19 @@ from accel_gpt2.errors import UserError
 from accel_gpt2.plan.flops import train_flops_per_token
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.checkpoint import (
-    Checkpoint,
     Identity,
     TrainState,
+    checkpoint_path,
+    is_whole,
     point_best_at,
+    read_checkpoint,
     rotate,
     save_checkpoint,
+    write_array,
 )
 from accel_gpt2.train.model import LanguageModel
 from accel_gpt2.train.optim import build_optimizer, learning_rate_at
+from accel_gpt2.train.processes import on_first_process
 from accel_gpt2.train.progress import TrainProgress, describe_step
 from accel_gpt2.train.scoring import score_documents, to_device
 from accel_gpt2.train.stopping import StopRequest
@@ -71,7 +75,8 @@ class BatchSchedule:
                 return int(limit)
         part = self._recipe.epochs - whole_epochs
         if part > 0:
-            steps += math.ceil(part * len(self.epoch(whole_epochs)))
+            # Rounded first: 1.1 - 1 is a little more than 0.1, and must not cost a step more.
+            steps += math.ceil(round(part * len(self.epoch(whole_epochs)), 6))
         return int(min(steps, limit))
 
 
@@ -79,10 +84,11 @@ class BatchSchedule:
 class ClassTraining:
     """One class to train: its documents, its place, and what it may continue from.
 
-    `validation` holds the validation documents of all classes, since the classifier compares
-    models on every document; `joint_accuracy` gives the accuracy of the whole classifier from this
-    class's step and validation scores, or None while other classes have none. `earlier_seconds`
-    were spent on other classes of the run and `later_steps` are still to come in them.
+    `checkpoint` is a directory that `verify` has passed; None starts from step 0. `validation`
+    holds the validation documents of all classes, since the classifier compares models on every
+    document; `joint_accuracy` gives the accuracy of the whole classifier from this class's step and
+    validation scores, or None while other classes have none. `earlier_seconds` were spent on other
+    classes of the run and `later_steps` are still to come in them.
     """
 
     identity: Identity
@@ -90,7 +96,7 @@ class ClassTraining:
     documents: TokenizedDocuments
     validation: TokenizedDocuments
     model: LanguageModel
-    checkpoint: Checkpoint | None
+    checkpoint: Path | None
     joint_accuracy: Callable[[int, NDArray[np.float64]], float | None]
     num_classes: int
     earlier_seconds: float
@@ -120,7 +126,8 @@ def train_class(
 
     Raises:
         StoppedEarly: by a signal or the time limit, after saving.
-        UserError: when gradients are zero at the first step or the loss is no longer finite.
+        UserError: when gradients are zero at the first step, a loss is no longer finite, or the
+            disk is full.
     """
     device: torch.device = accelerator.device
     world_size: int = accelerator.num_processes
@@ -128,23 +135,36 @@ def train_class(
     lengths = job.documents.lengths
     schedule = BatchSchedule(lengths, recipe)
     own_validation = np.flatnonzero(job.validation.labels == job.identity.class_index)
-    flops = _flops_per_token(job.model, float(lengths.mean()))
+    flops = _flops_per_token(job.model, lengths, recipe)
     peak_flops = _peak_flops(gpu, recipe.mixed_precision)
     name = f"{job.identity.class_name} ({job.identity.class_index + 1}/{job.num_classes})"
 
+    checkpoint = None if job.checkpoint is None else read_checkpoint(job.checkpoint)
     optimizer = build_optimizer(job.model, recipe)
-    if job.checkpoint is not None:
-        job.model.load_trainable_state(job.checkpoint.weights)
+    if checkpoint is not None:
+        job.model.load_trainable_state(checkpoint.weights)
     plain_model = job.model
     model, optimizer = accelerator.prepare(job.model, optimizer)
     parameters = [parameter for parameter in plain_model.parameters() if parameter.requires_grad]
     # Dropout must differ between ranks; nothing else in the loop draws random numbers.
     torch.manual_seed(recipe.seed + 1_000_003 * (rank + 1))
+    # The accelerator has one for all classes, and none of them may depend on the one before.
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(torch.amp.GradScaler(device.type).state_dict())
     state = TrainState()
-    if job.checkpoint is not None:
-        state = job.checkpoint.state
-        _load_optimizer(accelerator, optimizer, job.checkpoint.optimizer)
-        _set_random_state(job.checkpoint.random_states, rank)
+    saved: tuple[int, int] | None = None  # (step, evaluated_step) of what is on the disk
+    if checkpoint is not None:
+        state = checkpoint.state
+        _load_optimizer(accelerator, optimizer, checkpoint.optimizer)
+        _set_random_state(checkpoint.random_states, rank)
+        if job.checkpoint == checkpoint_path(job.directory, state.step):
+            saved = (state.step, state.evaluated_step)
+        best_path = checkpoint_path(job.directory, state.best_step)
+        if state.best_step >= 0 and not on_first_process(accelerator, lambda: is_whole(best_path)):
+            # What comes is compared with what there is: this step again, if it is one to evaluate.
+            state.best_step, state.best_bits_per_token = -1, math.inf
+            state.evaluated_step, saved = -1, None
+    del checkpoint  # 12 bytes a parameter
 
     running_loss = torch.zeros((), dtype=torch.float64, device=device)
     running_tokens = 0
@@ -165,17 +185,24 @@ def train_class(
         state.seconds = seconds_before + time.monotonic() - started
         state.peak_memory_bytes = max(state.peak_memory_bytes, peak_memory_bytes(device))
         if not math.isfinite(state.loss_sum):
-            raise UserError(
-                f"{name}: the loss is {state.loss_sum} after step {state.step}. The last "
-                "checkpoint is from before that; start again with a smaller --learning-rate, or "
-                "with --mixed-precision bf16 in place of fp16."
-            )
+            raise diverged("loss", state.loss_sum)
+
+    def diverged(what: str, value: float) -> UserError:
+        return UserError(
+            f"{name}: the {what} is {value} after step {state.step}, and nothing was saved from "
+            "that; give --resume never and a smaller --learning-rate to start anew, or "
+            "--mixed-precision bf16 where it is fp16."
+        )
 
     def save() -> None:
+        nonlocal saved
+        if saved == (state.step, state.evaluated_step):
+            return
         gather_loss()
         random_states = _gather(accelerator, _random_state(device))
-        if accelerator.is_main_process:
-            path = save_checkpoint(
+
+        def write() -> None:
+            save_checkpoint(
                 job.directory,
                 state=state,
                 identity=job.identity,
@@ -183,10 +210,12 @@ def train_class(
                 optimizer=_optimizer_state(accelerator, optimizer),
                 random_states=random_states,
             )
-            if state.best_step == state.step:
-                point_best_at(path)
+            if state.best_step >= 0:
+                point_best_at(checkpoint_path(job.directory, state.best_step))
             rotate(job.directory, keep=recipe.keep_checkpoints, best_step=state.best_step)
-        accelerator.wait_for_everyone()
+
+        on_first_process(accelerator, write)
+        saved = (state.step, state.evaluated_step)
 
     def evaluate() -> None:
         """Score the validation documents, note whether this is the best model so far, and save."""
@@ -214,18 +243,15 @@ def train_class(
         bits = float(nats / math.log(2))
         bits_per_token = bits / int((job.validation.lengths[own_validation] - 1).sum())
         bits_per_byte = bits / max(1, int(job.validation.num_bytes[own_validation].sum()))
+        if not math.isfinite(bits):
+            raise diverged("validation loss", bits)
         accuracy = job.joint_accuracy(state.step, scores)
         state.evaluated_step = state.step
         best = bits_per_token < state.best_bits_per_token
         if best:
             state.best_step, state.best_bits_per_token = state.step, bits_per_token
-        if accelerator.is_main_process:
-            path = validation_scores_path(job.directory, state.step)
-            path.parent.mkdir(exist_ok=True)
-            with path.with_suffix(".tmp").open("wb") as file:
-                np.save(file, scores)
-            path.with_suffix(".tmp").replace(path)
-        save()
+        scores_path = validation_scores_path(job.directory, state.step)
+        on_first_process(accelerator, lambda: write_array(scores_path, scores))
         log(
             {
                 "event": "evaluate",
@@ -236,6 +262,7 @@ def train_class(
                 "joint_validation_accuracy": accuracy,
             }
         )
+        save()
         joint = "" if accuracy is None else f" · joint validation accuracy {accuracy:.4f}"
         progress.say(
             f"{name} step {state.step}/{schedule.total_steps} · validation "
@@ -366,15 +393,26 @@ def _where(identity: Identity, state: TrainState, schedule: BatchSchedule) -> di
     }
 
 
-def _flops_per_token(model: LanguageModel, context_tokens: float) -> float | None:
+def _flops_per_token(
+    model: LanguageModel, lengths: NDArray[Any], recipe: TrainRecipe
+) -> float | None:
+    """What MFU is measured against; None where the architecture's arithmetic is not known."""
     config = model.transformers_model.config
     sizes = [getattr(config, key, None) for key in ("n_layer", "n_embd", "vocab_size")]
     if config.model_type != "gpt2" or None in sizes:
         return None
     n_layer, n_embd, vocab_size = (int(size) for size in sizes if size is not None)
-    return train_flops_per_token(
-        n_layer=n_layer, n_embd=n_embd, vocab_size=vocab_size, context_tokens=context_tokens
-    )
+
+    def full(context_tokens: float) -> float:
+        return train_flops_per_token(
+            n_layer=n_layer, n_embd=n_embd, vocab_size=vocab_size, context_tokens=context_tokens
+        )
+
+    # The mean over tokens: a long document has more tokens, and each of them the long context.
+    tokens = np.asarray(lengths, dtype=np.float64) - 1
+    flops = full(float((tokens**2).sum() / tokens.sum()))
+    # A frozen base has no weight gradients: 4 operations per weight in place of 6.
+    return flops - full(0) / 3 if recipe.finetuning == "lora" else flops
 
 
 def _peak_flops(gpu: GpuSpec | None, mixed_precision: str) -> float | None:

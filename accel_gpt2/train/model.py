@@ -42,8 +42,11 @@ class LanguageModel(nn.Module):
     @property
     def transformers_model(self) -> Any:
         """The PreTrainedModel, inside its adapter wrapper if there is one."""
-        unwrapped = getattr(self.model, "get_base_model", lambda: self.model)()
-        return unwrapped
+        return self.model.get_base_model() if self._is_adapter else self.model  # type: ignore[operator]
+
+    @property
+    def _is_adapter(self) -> bool:
+        return hasattr(self.model, "get_base_model")
 
     def forward(self, input_ids: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
         """Sum of the valid targets' negative log-likelihood in nats, fp32 scalar.
@@ -86,8 +89,10 @@ class LanguageModel(nn.Module):
         """Write the model, or its adapter, as transformers or peft loads it."""
         config = self.transformers_model.config
         config.use_cache = True  # for whoever generates text with it
+        # peft would ask the hub whether the embedding has grown; ours never does.
+        options = {"save_embedding_layers": False} if self._is_adapter else {}
         with quiet_transformers():
-            self.model.save_pretrained(directory)  # type: ignore[operator]
+            self.model.save_pretrained(directory, **options)  # type: ignore[operator]
         config.use_cache = False
 
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:

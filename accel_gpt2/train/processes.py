@@ -1,14 +1,19 @@
 """The processes of a run: Accelerate's view of them, checked against what was asked for."""
 
+import atexit
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from accel_gpt2.catalog.gpus import GpuSpec, find_gpu
 from accel_gpt2.errors import UsageError, UserError
 from accel_gpt2.recipe import TrainRecipe
+
+T = TypeVar("T")
 
 
 def is_first_process() -> bool:
@@ -18,6 +23,8 @@ def is_first_process() -> bool:
 
 def build_accelerator(recipe: TrainRecipe, run_directory: Path | None = None) -> Any:
     """Accelerate's `Accelerator` for this process, with the recipe's precision and trackers.
+
+    Trackers write nothing before `start_trackers`.
 
     Args:
         run_directory: where trackers write; None for scoring, which has no trackers.
@@ -30,15 +37,12 @@ def build_accelerator(recipe: TrainRecipe, run_directory: Path | None = None) ->
     from accelerate.state import AcceleratorState
     from accelerate.utils import ProjectConfiguration
 
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu and recipe.mixed_precision == "fp16":
-        raise UsageError(
-            "mixed_precision = 'fp16' needs a GPU and none was found; give --mixed-precision no."
-        )
+    check_precision(recipe)
     trackers: list[str] = []
     options: dict[str, Any] = {}
     if run_directory is not None and recipe.trackers:
-        trackers = _check_trackers(recipe.trackers)
+        check_trackers(recipe)
+        trackers = list(recipe.trackers)
         options["project_config"] = ProjectConfiguration(
             project_dir=str(run_directory), logging_dir=str(run_directory / "trackers")
         )
@@ -46,7 +50,7 @@ def build_accelerator(recipe: TrainRecipe, run_directory: Path | None = None) ->
     if AcceleratorState._shared_state:
         AcceleratorState._reset_state()
     accelerator = Accelerator(
-        cpu=on_cpu,
+        cpu=_on_cpu(),
         mixed_precision=recipe.mixed_precision,
         log_with=trackers or None,
         **options,
@@ -59,15 +63,60 @@ def build_accelerator(recipe: TrainRecipe, run_directory: Path | None = None) ->
             f"{accelerator.num_processes}: they would train apart from one another. Without a GPU "
             "start several processes with `torchrun --nproc_per_node N launch/train.py ...`."
         )
-    if trackers:
-        accelerator.init_trackers("accel-gpt2")
+    if world_size > 1:
+        atexit.register(_leave_process_group)
     return accelerator
 
 
-def leave_processes() -> None:
-    """End the process group, if there is one: the last thing that a launched process does."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+def start_trackers(accelerator: Any) -> None:
+    """Open the trackers' files or connections."""
+    if accelerator.log_with:
+        accelerator.init_trackers("accel-gpt2")
+
+
+def on_first_process(accelerator: Any, work: Callable[[], T]) -> T:
+    """Do `work` on the first process, and give its result to all; they wait for it here.
+
+    Raises:
+        UserError: on all processes when the work fails on the first one. A failure there alone,
+            such as a full disk, would leave the others waiting in the next collective for ever.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    outcome: list[Any] = [None, None]  # result, failure
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = work()
+        except Exception as raised:
+            error = raised
+            outcome[1] = str(raised) or type(raised).__name__
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    if error is not None:
+        raise error
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    result: T = outcome[0]
+    return result
+
+
+@contextlib.contextmanager
+def one_process_at_a_time(lock_file: Path) -> Iterator[None]:
+    """Hold a lock of this machine's launched processes; it needs no process group."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    from filelock import FileLock
+
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock_file):
+        yield
+
+
+def _leave_process_group() -> None:
+    # Left to the interpreter's teardown, gloo's destructor now and then never returns. No barrier:
+    # a process that leaves on an error of its own would wait in it for the others.
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
@@ -79,13 +128,27 @@ def current_gpu(accelerator: Any) -> GpuSpec | None:
     return find_gpu(properties.name, properties.total_memory)
 
 
-def _check_trackers(names: tuple[str, ...]) -> list[str]:
+def check_precision(recipe: TrainRecipe) -> None:
+    """Raise UsageError where the device cannot compute in the recipe's precision."""
+    if _on_cpu() and recipe.mixed_precision == "fp16":
+        raise UsageError(
+            "mixed_precision = 'fp16' needs a GPU and none is used; give --mixed-precision no."
+        )
+
+
+def _on_cpu() -> bool:
+    asked_for = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
+    return asked_for or not torch.cuda.is_available()
+
+
+def check_trackers(recipe: TrainRecipe) -> None:
+    """Raise UserError for a tracker that Accelerate does not know, or that is not installed."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
     from accelerate.tracking import get_available_trackers as installed_trackers
 
     known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
     installed = {str(name) for name in installed_trackers()}
-    for name in names:
+    for name in recipe.trackers:
         if name not in known:
             raise UsageError(f"The tracker {name!r} is unknown; Accelerate has {', '.join(known)}.")
         if name not in installed:
@@ -93,10 +156,9 @@ def _check_trackers(names: tuple[str, ...]) -> list[str]:
                 f"The tracker {name!r} is not installed; type `pip install {name}`, or leave it "
                 "out of --set trackers=..."
             )
-    if "wandb" in names and not _has_wandb_key():
+    if "wandb" in recipe.trackers and not _has_wandb_key():
         # Without a key wandb would stop and ask.
         os.environ.setdefault("WANDB_MODE", "offline")
-    return list(names)
 
 
 def _has_wandb_key() -> bool:

@@ -1,6 +1,5 @@
 """Stopping on purpose: signals and time limits, noticed between steps, agreed on by all ranks."""
 
-import ctypes
 import os
 import signal
 import sys
@@ -79,18 +78,7 @@ class StopRequest:
         if code == 1:
             limit = format_seconds(self._max_time_seconds or 0)
             return StoppedEarly(
-                f"The time limit of {limit} is reached; the work is saved. Start again with a "
-                "larger --max-time to go on.",
+                f"The time limit of {limit} is reached; the work is saved. Start again to go on.",
                 ExitCode.LIMIT_REACHED,
             )
         return None
-
-
-def stop_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the launcher dies, so that no trainer is left running alone.
-
-    Linux only; elsewhere nothing happens.
-    """
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM)

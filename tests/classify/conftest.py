@@ -37,17 +37,18 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of all tests, for fixtures that live longer than one."""
     return tmp_path_factory.getbasetemp() / "cache"
 
 
 @pytest.fixture(scope="session")
 def trained_run(
-    texts_file: Path, tmp_path_factory: pytest.TempPathFactory, _session_cache: Path
+    texts_file: Path, tmp_path_factory: pytest.TempPathFactory, session_cache: Path
 ) -> Path:
     """A finished run of three classes that nothing interrupted."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCEL_GPT2_CACHE", str(_session_cache))
+        patch.setenv("ACCEL_GPT2_CACHE", str(session_cache))
         run = tmp_path_factory.mktemp("runs") / "whole"
         fit(resolve_tiny(texts_file), run, quiet=True)
     return run

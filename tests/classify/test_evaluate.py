@@ -19,10 +19,10 @@ from accel_gpt2.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def evaluated(trained_run: Path, _session_cache: Path) -> tuple[Path, dict[str, Any]]:
+def evaluated(trained_run: Path, session_cache: Path) -> tuple[Path, dict[str, Any]]:
     """The trained run, and its metrics."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCEL_GPT2_CACHE", str(_session_cache))
+        patch.setenv("ACCEL_GPT2_CACHE", str(session_cache))
         return trained_run, evaluate_run(trained_run, quiet=True)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -122,26 +123,6 @@ def test_a_second_start_trains_nothing(
     assert capsys.readouterr().err.count("is trained already") == 3
 
 
-@pytest.mark.parametrize(
-    ("step", "class_index"), [(2, 0), (8, 1)], ids=["first-epoch", "second-class-second-epoch"]
-)
-def test_stopped_and_resumed_equals_uninterrupted(
-    trained_run: Path, texts_file: Path, tmp_path: Path, step: int, class_index: int
-) -> None:
-    """SIGTERM saves and ends with 75; resumed losses and tensors are the same, bit for bit."""
-    run = tmp_path / "halves"
-    thread = _send_at_step(run / "log.jsonl", step, signal.SIGTERM, class_index=class_index)
-    with pytest.raises(StoppedEarly, match="the work is saved") as stopped:
-        fit(resolve_tiny(texts_file), run, quiet=True)
-    thread.join()
-    assert stopped.value.exit_code == ExitCode.STOPPED
-    fit(resolve_tiny(texts_file), run, quiet=True)
-    _assert_equal_weights(run, trained_run, rtol=0)
-    for whole, halves in zip(*(_losses(path) for path in (trained_run, run)), strict=True):
-        assert whole == halves
-    assert any(row["event"] == "resume" for row in read_log(run))
-
-
 def _losses(run: Path) -> list[tuple[int, int, float]]:
     rows = {
         (row["class_index"], row["step"]): row["loss"]
@@ -164,50 +145,98 @@ def test_small_micro_batches_equal_one_large_one(texts_file: Path, tmp_path: Pat
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("finetuning", ["full", "lora"])
-def test_two_processes_train_the_model_of_one(
-    trained_run: Path, texts_file: Path, tmp_path: Path, finetuning: str
-) -> None:
-    """Two gloo processes with their own micro batches: same losses, same weights, same scores."""
+@pytest.fixture(scope="module")
+def two_processes(
+    trained_run: Path,
+    texts_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    session_cache: Path,
+) -> Path:
+    """A folder with what one process and what two gloo processes made of the same recipes."""
+    folder = tmp_path_factory.mktemp("two")
     changes = {**ROUNDING_STAYS_SMALL, "micro_batch_tokens": 64}
-    if finetuning == "lora":
-        base = str(next(trained_run.glob("class-0-*/final")))
-        changes |= {"model": base, "init": "pretrained", "tokenizer": "auto", "finetuning": "lora"}
-    resolved = resolve_tiny(texts_file, **changes)
-    fit(resolved, tmp_path / "one", quiet=True)
-    one = evaluate_run(tmp_path / "one", quiet=True)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(to_yaml(resolved.recipe))
-    process = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-            *("--master_port", str(29_700 + os.getpid() % 200)),
-            *(
-                str(Path(__file__).with_name("two_processes.py")),
-                str(recipe),
-                str(tmp_path / "two"),
-            ),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert json.loads((tmp_path / "two" / "plan.json").read_text())["world_size"] == 2
-    _assert_equal_weights(tmp_path / "two", tmp_path / "one", rtol=1e-5)
-    losses = [np.array([x[2] for x in _losses(tmp_path / n)]) for n in ("one", "two")]
+    base = str(next(trained_run.glob("class-0-*/final")))
+    lora = {"model": base, "init": "pretrained", "tokenizer": "auto", "finetuning": "lora"}
+    with socket.socket() as free, pytest.MonkeyPatch.context() as patch:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        patch.setenv("ACCEL_GPT2_CACHE", str(session_cache))
+        for name, more in (("full", {}), ("lora", lora)):
+            resolved = resolve_tiny(texts_file, **changes, **more)
+            (folder / f"{name}.yaml").write_text(to_yaml(resolved.recipe))
+            fit(resolved, folder / f"one-{name}", quiet=True)
+            evaluate_run(folder / f"one-{name}", quiet=True)
+        launched = {
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        script = Path(__file__).with_name("two_processes.py")
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(script), str(folder)],
+                env={**os.environ, **launched, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+    try:
+        talk = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(talk)[-6000:]
+    return folder
+
+
+@pytest.mark.parametrize("finetuning", ["full", "lora"])
+def test_two_processes_train_the_model_of_one(two_processes: Path, finetuning: str) -> None:
+    """Two gloo processes with their own micro batches: same losses, same weights, same scores."""
+    one, two = (two_processes / f"{number}-{finetuning}" for number in ("one", "two"))
+    assert json.loads((two / "plan.json").read_text())["world_size"] == 2
+    _assert_equal_weights(two, one, rtol=1e-5)
+    losses = [np.array([x[2] for x in _losses(run)]) for run in (one, two)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     tables = [
-        pq.read_table(tmp_path / n / "evaluation" / "scores.parquet").to_pandas()
-        for n in ("one", "two")
+        pq.read_table(run / "evaluation" / "scores.parquet").to_pandas() for run in (one, two)
     ]
     assert tables[0]["document"].is_unique
     assert (tables[0]["document"] == tables[1]["document"]).all()
     columns = [f"log_likelihood_{index}" for index in range(3)]
     np.testing.assert_allclose(tables[1][columns], tables[0][columns], atol=1e-3)
-    two = json.loads((tmp_path / "two" / "evaluation" / "metrics.json").read_text())
-    assert two["confusion_matrix"] == one["confusion_matrix"]
+    metrics = [json.loads((run / "evaluation" / "metrics.json").read_text()) for run in (one, two)]
+    assert metrics[0]["confusion_matrix"] == metrics[1]["confusion_matrix"]
+
+
+def test_a_signal_to_one_process_stops_both(two_processes: Path) -> None:
+    """Ranks agree to stop, save, and go on later to the very same model."""
+    seen = _seen(two_processes)
+    assert [rank["stopped"] for rank in seen] == [ExitCode.STOPPED, ExitCode.STOPPED]
+    rows = read_log(two_processes / "two-stopped")
+    assert any(row["event"] == "resume" for row in rows)
+    _assert_equal_weights(two_processes / "two-stopped", two_processes / "two-full", rtol=0)
+
+
+def test_a_failure_of_the_writing_process_reaches_all(two_processes: Path) -> None:
+    """A disk that is full on the first process ends the others too, with the same sentence."""
+    seen = _seen(two_processes)
+    assert "1000 B are free" in seen[0]["disk"]
+    assert seen[1]["disk"] == seen[0]["disk"]
+
+
+def test_fewer_documents_than_processes_are_scored(two_processes: Path) -> None:
+    """A rank without a document takes part and has the score as well."""
+    seen = _seen(two_processes)
+    assert len(seen[0]["scores"]) == 1
+    assert seen[0]["scores"][0] < 0
+    assert seen[0]["scores"] == seen[1]["scores"]
+
+
+def _seen(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 
 def test_lora_on_a_pretrained_directory(
@@ -224,11 +253,11 @@ def test_lora_on_a_pretrained_directory(
         tokenizer="auto",
         finetuning="lora",
         learning_rate=1e-3,
-        max_steps=8,
+        max_steps=4,
     )
     fit(recipe, tmp_path / "whole", quiet=True)
     run = tmp_path / "halves"
-    _send_at_step(run / "log.jsonl", 3, signal.SIGTERM, class_index=1)
+    _send_at_step(run / "log.jsonl", 2, signal.SIGTERM, class_index=1)
     with pytest.raises(StoppedEarly, match="SIGTERM"):
         fit(recipe, run, quiet=True)
     fit(recipe, run, quiet=True)

@@ -1,14 +1,98 @@
-"""Started by torchrun: train and evaluate a run, as launch/train.py and launch/evaluate.py do."""
+"""One of two gloo processes: train, evaluate, be stopped and fail, each on both processes together.
 
+Started with the variables that torchrun sets. All scenarios share one start, because it takes
+longer than they do. What each rank saw is left in `rank-<n>.json`.
+"""
+
+import json
+import os
+import shutil
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 from accel_gpt2.classify.evaluate import evaluate_run
 from accel_gpt2.classify.fit import fit
-from accel_gpt2.recipe import read_layer, resolve
-from accel_gpt2.train.processes import leave_processes
+from accel_gpt2.errors import StoppedEarly, UserError
+from accel_gpt2.recipe import ResolvedRecipe, read_layer, resolve
+from accel_gpt2.train.model import load_final
+from accel_gpt2.train.processes import build_accelerator
+from accel_gpt2.train.scoring import score_documents
+from accel_gpt2.train.stopping import StopRequest
 
-recipe, run = Path(sys.argv[1]), Path(sys.argv[2])
-fit(resolve([read_layer(recipe)]), run, quiet=True)
-evaluate_run(run, quiet=True)
-leave_processes()
+RANK = int(os.environ["RANK"])
+
+
+def main(folder: Path) -> None:
+    """Every scenario, in an order that both ranks keep."""
+    full = resolve([read_layer(folder / "full.yaml")])
+    lora = resolve([read_layer(folder / "lora.yaml")])
+    seen: dict[str, object] = {}
+    for name, recipe in (("full", full), ("lora", lora)):
+        fit(recipe, folder / f"two-{name}", quiet=True)
+        evaluate_run(folder / f"two-{name}", quiet=True)
+    seen["scores"] = fewer_documents_than_processes(full, folder / "two-full").tolist()
+
+    with signal_at_question(6, rank=1):
+        try:
+            fit(full, folder / "two-stopped", quiet=True)
+        except StoppedEarly as stopped:
+            seen["stopped"] = int(stopped.exit_code)
+    fit(full, folder / "two-stopped", quiet=True)
+
+    with disk_full_on_the_first_process():
+        try:
+            fit(full, folder / "two-disk", quiet=True)
+        except UserError as error:
+            seen["disk"] = str(error)
+    (folder / f"rank-{RANK}.json").write_text(json.dumps(seen))
+
+
+def fewer_documents_than_processes(resolved: ResolvedRecipe, run: Path) -> np.ndarray:
+    """One document, two processes: the same score on both."""
+
+    class OneDocument:
+        lengths = np.array([5])
+
+        def document(self, index: int) -> np.ndarray:
+            return np.array([0, 7, 8, 9, 0])
+
+    model = load_final(next(run.glob("class-0-*/final")), resolved.recipe)
+    accelerator = build_accelerator(resolved.recipe)
+    return score_documents(model, OneDocument(), micro_batch_tokens=64, accelerator=accelerator)
+
+
+@contextmanager
+def signal_at_question(number: int, *, rank: int) -> Iterator[None]:
+    """SIGTERM reaches one process only, when it asks for the `number`-th time whether to stop."""
+    ask = StopRequest.reason
+    asked = 0
+
+    def counting(self: StopRequest, device: object) -> StoppedEarly | None:
+        nonlocal asked
+        asked += 1
+        if rank == RANK and asked == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ask(self, device)  # type: ignore[arg-type]
+
+    StopRequest.reason = counting  # type: ignore[method-assign,assignment]
+    yield
+    StopRequest.reason = ask  # type: ignore[method-assign]
+
+
+@contextmanager
+def disk_full_on_the_first_process() -> Iterator[None]:
+    """Only the process that writes sees that there is no room."""
+    usage = shutil.disk_usage
+    if RANK == 0:
+        shutil.disk_usage = lambda path: usage(path)._replace(free=1000)  # type: ignore[assignment]
+    yield
+    shutil.disk_usage = usage
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -15,8 +15,10 @@ from accel_gpt2.train.checkpoint import (
     newest_checkpoint,
     point_best_at,
     read_checkpoint,
+    read_state,
     rotate,
     save_checkpoint,
+    set_aside_newer,
     verify,
 )
 
@@ -58,8 +60,16 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         (lambda d: (d / "state.json").write_text("{}"), r"state.json has 2 bytes"),
         (lambda d: (d / "manifest.json").unlink(), "it has no manifest.json"),
         (lambda d: (d / "manifest.json").write_text("{"), "cannot be read"),
+        (
+            lambda d: (d / "manifest.json").write_text('{"format_version": 1, "files": []}'),
+            "cannot be read",
+        ),
+        (
+            lambda d: (d / "manifest.json").write_text('{"format_version": 9, "files": {}}'),
+            "format 9",
+        ),
     ],
-    ids=["missing", "truncated", "no-manifest", "broken-manifest"],
+    ids=["missing", "truncated", "no-manifest", "broken-manifest", "odd-manifest", "other-format"],
 )
 def test_damage_is_named_and_the_older_one_is_used(tmp_path, damage, message) -> None:
     """A damaged newest checkpoint never shadows a good one, and the message names the file."""
@@ -68,8 +78,7 @@ def test_damage_is_named_and_the_older_one_is_used(tmp_path, damage, message) ->
     with pytest.raises(UserError, match=message):
         verify(new)
     checkpoint, problems = newest_checkpoint(tmp_path / "c")
-    assert checkpoint is not None
-    assert checkpoint.state.step == 1
+    assert checkpoint == old
     assert len(problems) == 1
     verify(old)
 
@@ -99,7 +108,7 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
         "checkpoint-4",
         "checkpoint-2",
     ]
-    assert read_checkpoint(folder / "best").state.step == 2
+    assert read_state(folder / "best")[0].step == 2
     assert not list(folder.glob(".staging*"))
 
 
@@ -139,3 +148,43 @@ def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     _save(tmp_path / "c", 3)
     assert [path.name for path in list_checkpoints(tmp_path / "c")] == ["checkpoint-3"]
     verify(tmp_path / "c" / "checkpoint-3")
+
+
+def test_a_replacement_that_was_cut_off_is_undone(tmp_path: Path) -> None:
+    """Killed between the two renames of a replacement, the earlier checkpoint comes back."""
+    saved = _save(tmp_path / "c", 3)
+    saved.replace(saved.with_name(".staging-replaced-checkpoint-3"))
+    assert newest_checkpoint(tmp_path / "c") == (saved, [])
+
+
+def test_a_damaged_newer_checkpoint_does_not_rotate_good_ones_away(tmp_path: Path) -> None:
+    """Set aside, it does not count among the newest, so that what is written next stays."""
+    folder = tmp_path / "c"
+    _save(folder, 2)
+    (_save(folder, 8) / "state.json").unlink()
+    found, _ = newest_checkpoint(folder)
+    assert found == folder / "checkpoint-2"
+    set_aside_newer(folder, 2)
+    _save(folder, 3)
+    rotate(folder, keep=1, best_step=-1)
+    assert list_checkpoints(folder) == [folder / "checkpoint-3"]
+    assert (folder / "superseded-checkpoint-8").is_dir()
+
+
+@pytest.mark.parametrize("limit_bytes", [100, 800], ids=["weights", "optimizer"])
+def test_a_write_that_fails_half_way_is_one_sentence(tmp_path: Path, limit_bytes: int) -> None:
+    """safetensors and torch have errors of their own for it; nothing is left behind."""
+    import resource
+    import signal
+
+    (tmp_path / "c").mkdir()
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"checkpoint-1 could not be written: .*make room"):
+            _save(tmp_path / "c", 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list((tmp_path / "c").iterdir())

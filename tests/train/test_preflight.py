@@ -53,3 +53,12 @@ def test_what_is_there_passes(texts_file: Path) -> None:
     check_available(
         TrainRecipe(model="gpt2", init="scratch", dataset=str(texts_file), max_length=64)
     )
+
+
+def test_an_unknown_tracker_is_named_before_anything_is_loaded(texts_file: Path) -> None:
+    """A misspelt tracker is no reason to wait for the tokeniser first."""
+    recipe = TrainRecipe(
+        model="gpt2-tiny", init="scratch", dataset=str(texts_file), trackers=("tensorbord",)
+    )
+    with pytest.raises(UserError, match="tracker 'tensorbord' is unknown"):
+        check_available(recipe)
