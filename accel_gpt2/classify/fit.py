@@ -50,6 +50,7 @@ from accel_gpt2.train.checkpoint import (
     write_json,
 )
 from accel_gpt2.train.loop import (
+    VALIDATION_SCORES,
     BatchSchedule,
     ClassTraining,
     append_json_line,
@@ -297,6 +298,8 @@ def _fit_classes(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     on_first_process(accelerator, lambda: _calibrate(run_directory, data, progress))
+    if described and accelerator.is_main_process:  # something was trained
+        _log_joint_validation(run_directory, directories, data, recipe)
 
 
 def _write_plan(run_directory: Path, recipe: TrainRecipe, plan: dict[str, Any]) -> None:
@@ -390,6 +393,30 @@ def _joint_accuracy(
         return float((predictions == data.validation.labels).mean())
 
     return accuracy
+
+
+def _log_joint_validation(
+    run_directory: Path, directories: list[Path], data: PreparedData, recipe: TrainRecipe
+) -> None:
+    """Add a row for each evaluation, first to last: all classes' models of that time together.
+
+    While classes are trained one after another, only the last one's rows can have this.
+    """
+    log_prior = log_priors(_class_counts(data), recipe.priors)
+    by_class = [
+        sorted((directory / VALIDATION_SCORES).glob("*.npy"), key=lambda path: int(path.stem))
+        for directory in directories
+    ]
+    for number, paths in enumerate(zip(*by_class, strict=False), start=1):
+        scores = np.stack([np.load(path, allow_pickle=False) for path in paths], axis=1)
+        accuracy = float((predict(scores, log_prior) == data.validation.labels).mean())
+        row: dict[str, object] = {
+            "event": "joint_validation",
+            "evaluation": number,
+            "steps": [int(path.stem) for path in paths],
+            "accuracy": accuracy,
+        }
+        append_json_line(run_directory / "log.jsonl", row)
 
 
 def _class_counts(data: PreparedData) -> list[int]:

@@ -41,6 +41,8 @@ from accel_gpt2.train.stopping import StopRequest
 # What a row of log.jsonl goes through: the file, the trackers.
 LogRow = Callable[[dict[str, object]], None]
 
+VALIDATION_SCORES = "validation_scores"  # a folder in each class's directory
+
 
 class BatchSchedule:
     """Every global batch of a training, reachable directly by (epoch, batch)."""
@@ -105,7 +107,7 @@ class ClassTraining:
 
 def validation_scores_path(class_directory: Path, step: int) -> Path:
     """Where log p(x) of every validation document is kept, float64, one file per evaluation."""
-    return class_directory / "validation_scores" / f"{step}.npy"
+    return class_directory / VALIDATION_SCORES / f"{step}.npy"
 
 
 def train_class(

@@ -1,11 +1,14 @@
-"""What a person sees while models train: one live line on a terminal, plain lines elsewhere."""
+"""What a person sees while models train: two live lines on a terminal, plain ones elsewhere."""
 
 import sys
 import time
+from collections.abc import Iterable
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
+from rich.text import Text
 
 from accel_gpt2.units import format_bytes, format_count, format_seconds
 
@@ -13,8 +16,18 @@ from accel_gpt2.units import format_bytes, format_count, format_seconds
 _PLAIN_SECONDS = 10.0
 
 
+class _TwoLines(Progress):
+    """A bar, and the facts below it: side by side they do not fit into 80 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["facts"]:
+                yield Text(task.fields["facts"], no_wrap=True, overflow="ellipsis")
+
+
 class TrainProgress:
-    """The progress line of one run: step, loss, tokens/s, MFU, time left, memory, money so far.
+    """Where a run stands: step, loss, tokens/s, MFU, time left, memory, money so far.
 
     Only the first rank shows anything. Without a terminal, or when quiet, the same facts come as
     plain lines, at most one in ten seconds.
@@ -24,10 +37,14 @@ class TrainProgress:
         self._shown = shown
         self._console = Console(stderr=True)
         self._live = shown and not quiet and self._console.is_terminal
-        self._progress = Progress(
-            TextColumn("{task.description} {task.completed}/{task.total}", markup=False),
+        self._progress = _TwoLines(
+            TextColumn(
+                "{task.description}",
+                markup=False,
+                table_column=Column(no_wrap=True, max_width=45),  # the step stays beside long names
+            ),
+            TextColumn("{task.completed}/{task.total}", markup=False),
             BarColumn(bar_width=None, complete_style="cyan", finished_style="cyan"),
-            TextColumn("{task.fields[facts]}", markup=False),
             console=self._console,
             transient=True,
             expand=True,
@@ -81,7 +98,7 @@ class TrainProgress:
         if not self._shown:
             return
         if self._live:
-            self._console.print(line, markup=False, highlight=False)
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
             self._write(line)
 

@@ -51,7 +51,7 @@ def _send_at_step(log: Path, step: int, number: int, *, class_index: int) -> thr
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             rows = [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
-            if any(row["class_index"] == class_index and row["step"] >= step for row in rows):
+            if any(r.get("class_index") == class_index and r["step"] >= step for r in rows):
                 os.kill(os.getpid(), number)
                 return
             time.sleep(0.005)
@@ -94,9 +94,12 @@ def test_losses_fall_and_the_best_checkpoint_is_the_one_with_least_bits(trained_
         best = min(evaluations, key=lambda row: row["validation_bits_per_token"])
         (folder,) = trained_run.glob(f"class-{index}-*")
         assert (folder / "best").resolve().name == f"checkpoint-{best['step']}"
-    joint = [r["joint_validation_accuracy"] for r in rows if r["event"] == "evaluate"]
-    assert joint[0] is None  # no other class is trained yet
-    assert joint[-1] is not None
+    alone = [r["joint_validation_accuracy"] for r in rows if r["event"] == "evaluate"]
+    assert alone[0] is None  # no other class is trained yet
+    assert alone[-1] is not None
+    together = [(r["evaluation"], r["steps"]) for r in rows if r["event"] == "joint_validation"]
+    assert together == [(1, [6, 6, 6]), (2, [12, 12, 12])]
+    assert rows[-1]["accuracy"] == alone[-1]  # the last evaluation was each class's best
 
 
 def test_final_loads_with_plain_transformers(trained_run: Path) -> None:

@@ -4,6 +4,7 @@ Started with the variables that torchrun sets. All scenarios share one start, be
 longer than they do. What each rank saw is left in `rank-<n>.json`.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -24,11 +25,12 @@ from accel_gpt2.train.processes import build_accelerator
 from accel_gpt2.train.scoring import score_documents
 from accel_gpt2.train.stopping import StopRequest
 
-RANK = int(os.environ["RANK"])
+RANK = int(os.environ.get("RANK", "0"))
 
 
 def main(folder: Path) -> None:
     """Every scenario, in an order that both ranks keep."""
+    gc.freeze()  # what the imports made is no garbage, and looking through it takes long
     full = resolve([read_layer(folder / "full.yaml")])
     lora = resolve([read_layer(folder / "lora.yaml")])
     seen: dict[str, object] = {}

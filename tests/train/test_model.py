@@ -201,6 +201,7 @@ def test_a_model_that_caps_its_logits_is_refused(tmp_path: Path) -> None:
         eos_token_id=0,
         pad_token_id=0,
     )
+    torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma")
     with pytest.raises(UserError, match="changes its logits after the output head"):
         _build(_recipe(tmp_path / "gemma"))
