@@ -32,6 +32,7 @@ from accel_gpt2.data.cache import cache_directory
 from accel_gpt2.data.sources import TextData, load_documents, load_text_data
 from accel_gpt2.data.tokenized import TokenizedDocuments, tokenize_documents
 from accel_gpt2.data.tokenizer import load_saved_tokenizer
+from accel_gpt2.errors import UserError
 from accel_gpt2.train.checkpoint import MANIFEST, write_json
 from accel_gpt2.train.model import load_final
 from accel_gpt2.train.processes import (
@@ -65,12 +66,19 @@ def evaluate_run(
         dataset, split: None for the run's own.
 
     Raises:
-        UserError: when the run is not trained to the end, or the documents cannot be read.
+        UserError: when the run is not trained to the end, its text has changed since, or the
+            documents cannot be read.
     """
     run = open_run(run_directory)
     talks = is_first_process()
     with one_process_at_a_time(cache_directory() / PREPARE_LOCK):
         text = load_text_data(run.recipe, progress=talks and not quiet)
+        if text.fingerprint != run.data_fingerprint:
+            raise UserError(
+                f"The text of {run.recipe.dataset} has changed since {run_directory} was trained, "
+                "so documents of today's test split may have been trained on; bring the earlier "
+                "text back, or train again with --resume never."
+            )
         own = dataset in (None, run.recipe.dataset) and split in (None, run.recipe.test_split)
         documents = text.test if own else _other_documents(run, dataset, split)
         tokens = tokenize_documents(

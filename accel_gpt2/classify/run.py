@@ -23,6 +23,7 @@ class Run:
     recipe: TrainRecipe
     class_names: tuple[str, ...]
     class_counts: tuple[int, ...]  # training documents
+    data_fingerprint: str
 
     def class_directory(self, index: int) -> Path:
         """Where one class's checkpoints and final model are."""
@@ -69,6 +70,7 @@ def open_run(directory: Path, *, finished: bool = True) -> Run:
             recipe=recipe,
             class_names=tuple(plan["class_names"]),
             class_counts=tuple(plan["class_counts"]),
+            data_fingerprint=plan["data_fingerprint"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

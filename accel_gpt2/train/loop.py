@@ -176,7 +176,7 @@ def train_class(
     line_started, line_tokens = started, 0
 
     def gather_loss() -> None:
-        """Move the loss summed on the devices into the state: the loop's only wait for a GPU."""
+        """Move the loss summed on the devices into the state; it waits for all work on a GPU."""
         nonlocal running_tokens
         if world_size > 1:
             torch.distributed.all_reduce(running_loss)

@@ -222,27 +222,41 @@ _LOADING: dict[str, Any] = {
 
 
 def _pretrained(recipe: TrainRecipe) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     location = weights_location(recipe.model)
+    with _readable(recipe, "weights"), quiet_transformers():
+        config = _read_config(location)
+        _apply_recipe(config, recipe)
+        return AutoModelForCausalLM.from_pretrained(
+            location,
+            config=config,
+            **_LOADING,
+            dtype=torch.float32,
+            local_files_only=weights_are_cached(location),
+        )
+
+
+def _read_config(location: str) -> Any:
+    from transformers import AutoConfig
+
     # What is here is taken without asking the hub, which costs 46 s of retries without a network.
-    here = weights_are_cached(location)
+    return AutoConfig.from_pretrained(
+        location, trust_remote_code=False, local_files_only=weights_are_cached(location)
+    )
+
+
+@contextlib.contextmanager
+def _readable(recipe: TrainRecipe, what: str) -> Iterator[None]:
     try:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(
-                location, trust_remote_code=False, local_files_only=here
-            )
-            _apply_recipe(config, recipe)
-            return AutoModelForCausalLM.from_pretrained(
-                location, config=config, **_LOADING, dtype=torch.float32, local_files_only=here
-            )
+        yield
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"The weights of {recipe.model} cannot be loaded: {reason}") from error
+        raise UserError(f"The {what} of {recipe.model} cannot be loaded: {reason}") from error
 
 
 def _from_scratch(recipe: TrainRecipe, *, vocab_size: int, eos_token_id: int) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
+    from transformers import AutoModelForCausalLM, GPT2Config
 
     row = MODELS.get(recipe.model)
     if row is not None:
@@ -253,7 +267,8 @@ def _from_scratch(recipe: TrainRecipe, *, vocab_size: int, eos_token_id: int) ->
             n_positions=row.n_positions,
         )
     else:
-        config = AutoConfig.from_pretrained(weights_location(recipe.model), trust_remote_code=False)
+        with _readable(recipe, "configuration"):
+            config = _read_config(weights_location(recipe.model))
     config.vocab_size = vocab_size
     config.bos_token_id = config.eos_token_id = eos_token_id
     config.pad_token_id = None

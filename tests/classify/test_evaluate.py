@@ -148,3 +148,17 @@ def test_what_is_no_run_is_refused(tmp_path: Path, evaluated: tuple[Path, dict[s
     shutil.rmtree(next(copy.glob("class-1-*")) / "final")
     with pytest.raises(UserError, match=r"not trained to the end: orbit is missing"):
         load_classifier(copy)
+
+
+def test_changed_text_is_not_evaluated(
+    evaluated: tuple[Path, dict[str, Any]], texts_file: Path, tmp_path: Path
+) -> None:
+    """After the data file has grown, its test split may hold documents that were trained on."""
+    run = tmp_path / "copy"
+    shutil.copytree(evaluated[0], run, symlinks=True)
+    changed = tmp_path / "texts.csv"
+    changed.write_text(texts_file.read_text() + "rocket moon probe,orbit\n")
+    recipe = (run / "recipe.yaml").read_text().replace(str(texts_file), str(changed))
+    (run / "recipe.yaml").write_text(recipe)
+    with pytest.raises(UserError, match=r"has changed since .* was trained"):
+        evaluate_run(run, quiet=True)

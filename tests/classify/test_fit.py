@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -354,3 +355,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     with pytest.raises(UserError, match="smaller --learning-rate"):
         fit(resolve_tiny(texts_file, **changes), tmp_path / "run", quiet=True)
     assert not list((tmp_path / "run").glob("class-*/final"))
+
+
+def test_a_model_without_gradients_is_refused(
+    trained_run: Path, texts_file: Path, tmp_path: Path
+) -> None:
+    """All-zero weights give a finite loss and no gradient: hours of nothing, said at once."""
+    from transformers import AutoModelForCausalLM
+
+    base = tmp_path / "zero"
+    shutil.copytree(next(trained_run.glob("class-0-*/final")), base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    model.save_pretrained(base)
+    resolved = resolve_tiny(texts_file, model=str(base), init="pretrained", tokenizer="auto")
+    with pytest.raises(UserError, match="every gradient of the first step is zero"):
+        fit(resolved, tmp_path / "run", quiet=True)

@@ -273,3 +273,13 @@ def test_learning_rate_warms_up_and_ends_at_the_floor(schedule: Any) -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == pytest.approx(2.0 if schedule == "constant" else 0.2, rel=0.3)
     assert min(rates[10:]) >= 0.2
+
+
+@pytest.mark.parametrize(
+    ("init", "what"), [("pretrained", "weights"), ("scratch", "configuration")]
+)
+def test_a_model_that_cannot_be_read_is_one_sentence(tmp_path: Path, init: Any, what: str) -> None:
+    """transformers' own error is the reason, for weights and for a configuration alone."""
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-family"}')
+    with pytest.raises(UserError, match=f"The {what} of .* cannot be loaded: "):
+        _build(_recipe(tmp_path, init=init))
