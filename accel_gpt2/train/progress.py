@@ -91,7 +91,7 @@ class TrainProgress:
             time.monotonic() - self._last_plain >= _PLAIN_SECONDS or completed == total
         ):
             self._last_plain = time.monotonic()
-            self._write(f"{description} {completed}/{total} {facts}")
+            self._write(f"{description} {completed}/{total} {facts}".rstrip())
 
     def say(self, line: str) -> None:
         """A line that stays."""

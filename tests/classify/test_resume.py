@@ -10,6 +10,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -91,6 +92,20 @@ def test_stopped_anywhere_and_resumed_is_the_same(
     assert _rows(run, "step", *keys) == _rows(trained_run, "step", *keys)
     keys = ("validation_bits_per_token", "best", "joint_validation_accuracy")
     assert _rows(run, "evaluate", *keys) == _rows(trained_run, "evaluate", *keys)
+
+
+def test_a_stop_between_log_lines_changes_no_logged_loss(
+    trained_run: Path, texts_file: Path, tmp_path: Path
+) -> None:
+    """A line's loss is the mean over its tokens, also of the steps before the stop."""
+    resolved = resolve_tiny(texts_file, log_every_steps=5)
+    _stopped(resolved, tmp_path / "run", 4)
+    fit(resolved, tmp_path / "run", quiet=True)
+    single = _rows(trained_run, "step", "loss", "tokens")[:5]
+    loss = np.array([row[2] for row in single])
+    tokens = np.diff([0, *(row[3] for row in single)])
+    first = _rows(tmp_path / "run", "step", "loss")[0]
+    assert first == (0, 5, pytest.approx((loss * tokens).sum() / tokens.sum(), rel=1e-6))
 
 
 def _unfinished_copy(run: Path, folder: Path, class_index: int = 0) -> tuple[Path, Path]:

@@ -38,8 +38,9 @@ def test_without_a_terminal_lines_are_plain(capsys: pytest.CaptureFixture[str]) 
         progress.start("kitchen (1/3)", 2)
         progress.update("kitchen (1/3)", 1, 2, FACTS)  # sooner than the next line is due
         progress.update("kitchen (1/3)", 2, 2, FACTS)
+        progress.update("validation", 6, 6, "")
         progress.say("[done] 100%")
-    assert capsys.readouterr().err == f"kitchen (1/3) 2/2 {FACTS}\n[done] 100%\n"
+    assert capsys.readouterr().err == f"kitchen (1/3) 2/2 {FACTS}\nvalidation 6/6\n[done] 100%\n"
 
 
 def test_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
