@@ -48,7 +48,7 @@ _FROM_SCRATCH = MappingProxyType(
         "max_length": 128,
         "learning_rate": 3e-3,
         "dropout": 0.0,
-        "global_batch_tokens": 2048,
+        "global_batch_tokens": 1024,
         "weight_decay": 0.1,
         "epochs": 4.0,
     }

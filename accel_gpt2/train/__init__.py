@@ -3,5 +3,5 @@
 import os
 
 # OpenMP threads that wait by spinning take the other threads' cores away wherever anything else
-# runs: on two busy cores passive waiting trains 2-3 times faster. It is read when torch is loaded.
+# runs (docs/benchmarks/2026-11-23-openmp-wait.md). Read by OpenMP when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
