@@ -19,11 +19,13 @@ import torch
 from safetensors.torch import load_file
 
 from accel_gpt2.classify.evaluate import evaluate_run
-from accel_gpt2.classify.fit import fit
+from accel_gpt2.classify.fit import fit, prepare_data
 from accel_gpt2.classify.run import open_run
+from accel_gpt2.data.batching import epoch_batches
 from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
 from accel_gpt2.recipe import to_yaml
 from accel_gpt2.train.checkpoint import list_checkpoints, verify
+from accel_gpt2.train.model import build_model
 
 from .conftest import read_log, resolve_tiny
 
@@ -372,3 +374,61 @@ def test_a_model_without_gradients_is_refused(
     resolved = resolve_tiny(texts_file, model=str(base), init="pretrained", tokenizer="auto")
     with pytest.raises(UserError, match="every gradient of the first step is zero"):
         fit(resolved, tmp_path / "run", quiet=True)
+
+
+def test_training_is_that_of_a_plain_loop(texts_file: Path, tmp_path: Path) -> None:
+    """transformers' loss, torch's clipping and AdamW, one document at a time: same numbers."""
+    resolved = resolve_tiny(
+        texts_file,
+        dropout=0.0,
+        fused_gelu=False,
+        max_steps=5,
+        max_grad_norm=0.5,
+        lr_schedule="linear",
+        warmup_fraction=0.4,
+        min_learning_rate_fraction=0.0,
+        micro_batch_tokens=32,
+    )
+    recipe = resolved.recipe
+    fit(resolved, tmp_path / "run", quiet=True)
+    logged = [r for r in read_log(tmp_path / "run") if r["event"] == "step"][:5]
+
+    data = prepare_data(recipe, progress=False)
+    documents = data.train.select(data.train.for_class(0))
+    model = build_model(
+        recipe,
+        vocab_size=data.tokenizer.vocab_size,
+        eos_token_id=data.tokenizer.eos_token_id,
+    ).transformers_model
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": recipe.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        betas=(recipe.adam_beta1, recipe.adam_beta2),
+        eps=recipe.adam_epsilon,
+    )
+    batches = epoch_batches(
+        documents.lengths, global_batch_tokens=None, global_batch_size=4, seed=0, epoch=0
+    )
+    rates = [recipe.learning_rate * x for x in (1 / 2, 1, 1, 2 / 3, 1 / 3)]
+    for row, batch, rate in zip(logged, batches, rates, strict=False):
+        loss, num_tokens = torch.zeros(()), 0
+        for index in batch:
+            ids = torch.from_numpy(documents.document(int(index)).astype(np.int64))[None]
+            predicted = ids.shape[1] - 1
+            loss = loss + model(input_ids=ids, labels=ids).loss * predicted
+            num_tokens += predicted
+        (loss / num_tokens).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        assert row["loss"] == pytest.approx(loss.item() / num_tokens, rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        assert row["grad_norm"] > 0.5  # so that clipping matters
+        assert row["learning_rate"] == pytest.approx(rate)
+    assert logged[-1]["tokens"] == sum((documents.lengths[b] - 1).sum() for b in batches[:5])
