@@ -46,9 +46,9 @@ _FROM_SCRATCH = MappingProxyType(
         "init": "scratch",
         "tokenizer": "train",
         "max_length": 128,
-        "learning_rate": 3e-3,
+        "learning_rate": 2e-3,
         "dropout": 0.0,
-        "global_batch_tokens": 1024,
+        "global_batch_tokens": 512,
         "weight_decay": 0.1,
         "epochs": 4.0,
     }
@@ -80,9 +80,9 @@ _ROWS = (
         recipe_defaults=MappingProxyType(
             {
                 **_FROM_SCRATCH,
-                "learning_rate": 2e-3,
                 "tokenizer_vocab_size": 8192,
                 "max_length": 256,
+                "global_batch_tokens": 2048,
             }
         ),
     ),

@@ -60,6 +60,8 @@ from accel_gpt2.train.loop import (
 from accel_gpt2.train.model import LanguageModel, build_model
 from accel_gpt2.train.processes import (
     build_accelerator,
+    check_precision,
+    check_trackers,
     current_gpu,
     is_first_process,
     on_first_process,
@@ -122,6 +124,8 @@ def fit(
     recipe = resolved.recipe
     talks = is_first_process()
     with StopRequest(recipe.max_time_seconds) as stop:
+        check_precision(recipe)
+        check_trackers(recipe)
         data = prepare_data(recipe, progress=talks and not quiet)
         accelerator = build_accelerator(recipe, run_directory)
         standings = on_first_process(

@@ -29,6 +29,7 @@ _DEMO_RECIPE: Mapping[str, object] = {
     "dataset": "docstrings",
     "train_documents_per_class": 1200,
     "validation_documents": 400,
+    "max_length": 64,
     "epochs": 2.0,
 }
 

@@ -1,7 +1,6 @@
 """The model: built or loaded, adapted, and wrapped so that its forward pass is the loss."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.errors import UsageError, UserError
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.loss import chunked_cross_entropy, chunked_log_likelihoods
+from accel_gpt2.train.weights import weights_are_cached, weights_location
 
 # What transformers' decoder families call their dropout rates.
 _DROPOUT_FIELDS = (
@@ -113,41 +113,6 @@ class LanguageModel(nn.Module):
 
 def _shape(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else str(tuple(tensor.shape))
-
-
-def weights_location(model: str) -> str:
-    """What `from_pretrained` is given: a local directory where there is one, else the hub id.
-
-    `ACCEL_GPT2_MODELS` names a folder that is looked in first (`<folder>/gpt2`).
-
-    Raises:
-        UsageError: when the model has no pretrained weights anywhere.
-    """
-    folder = os.environ.get("ACCEL_GPT2_MODELS")
-    candidates = [Path(model), *([Path(folder) / model] if folder else [])]
-    for candidate in candidates:
-        if (candidate / "config.json").is_file():
-            return str(candidate)
-    row = MODELS.get(model)
-    if row is None:
-        return model
-    if row.hub_id is None:
-        raise UsageError(f"{model} has no pretrained weights; give --init scratch.")
-    return row.hub_id
-
-
-def weights_are_cached(location: str) -> bool:
-    """Whether the weights are a local directory, or in the hub's cache on this machine."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    if Path(location).is_dir():
-        return True
-    try:
-        names = ("model.safetensors", "model.safetensors.index.json")
-        return any(isinstance(try_to_load_from_cache(location, name), str) for name in names)
-    except HFValidationError:
-        return False
 
 
 def build_model(recipe: TrainRecipe, *, vocab_size: int, eos_token_id: int) -> LanguageModel:

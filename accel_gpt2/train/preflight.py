@@ -7,18 +7,17 @@ from accel_gpt2.data.hub import HubAnswer, ask_hub, why_unreachable
 from accel_gpt2.data.sources import check_data_available
 from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import TrainRecipe
-from accel_gpt2.train.model import weights_are_cached, weights_location
-from accel_gpt2.train.processes import check_precision, check_trackers
+from accel_gpt2.train.weights import weights_are_cached, weights_location
 
 
 def check_available(recipe: TrainRecipe) -> None:
-    """Make sure that weights, data and trackers can be had, and that the device has the precision.
+    """Make sure that the recipe's weights and data can be had.
 
     Raises:
         UserError: naming all that is missing, and every way on.
     """
     problems = []
-    for check in (_check_weights, check_data_available, check_precision, check_trackers):
+    for check in (_check_weights, check_data_available):
         try:
             check(recipe)
         except UserError as error:

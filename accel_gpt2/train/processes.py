@@ -31,7 +31,7 @@ def build_accelerator(recipe: TrainRecipe, run_directory: Path | None = None) ->
 
     Raises:
         UserError: when the launcher started another number of processes than Accelerate sees, the
-            precision needs a GPU, or a tracker is not installed.
+            precision needs a GPU.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -41,7 +41,6 @@ def build_accelerator(recipe: TrainRecipe, run_directory: Path | None = None) ->
     trackers: list[str] = []
     options: dict[str, Any] = {}
     if run_directory is not None and recipe.trackers:
-        check_trackers(recipe)
         trackers = list(recipe.trackers)
         options["project_config"] = ProjectConfiguration(
             project_dir=str(run_directory), logging_dir=str(run_directory / "trackers")

@@ -1,5 +1,7 @@
 """What cannot start says so before anything is loaded, with every way on."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,10 +57,7 @@ def test_what_is_there_passes(texts_file: Path) -> None:
     )
 
 
-def test_an_unknown_tracker_is_named_before_anything_is_loaded(texts_file: Path) -> None:
-    """A misspelt tracker is no reason to wait for the tokeniser first."""
-    recipe = TrainRecipe(
-        model="gpt2-tiny", init="scratch", dataset=str(texts_file), trackers=("tensorbord",)
-    )
-    with pytest.raises(UserError, match="tracker 'tensorbord' is unknown"):
-        check_available(recipe)
+def test_asking_loads_no_torch() -> None:
+    """The launcher asks too, and should not carry torch through a whole training."""
+    code = "import sys, accel_gpt2.train.preflight; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

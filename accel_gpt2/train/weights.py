@@ -1,0 +1,42 @@
+"""Where a model's weights are; without torch, so that the launcher can ask before it starts one."""
+
+import os
+from pathlib import Path
+
+from accel_gpt2.catalog.models import MODELS
+from accel_gpt2.errors import UsageError
+
+
+def weights_location(model: str) -> str:
+    """What `from_pretrained` is given: a local directory where there is one, else the hub id.
+
+    `ACCEL_GPT2_MODELS` names a folder that is looked in first (`<folder>/gpt2`).
+
+    Raises:
+        UsageError: when the model has no pretrained weights anywhere.
+    """
+    folder = os.environ.get("ACCEL_GPT2_MODELS")
+    candidates = [Path(model), *([Path(folder) / model] if folder else [])]
+    for candidate in candidates:
+        if (candidate / "config.json").is_file():
+            return str(candidate)
+    row = MODELS.get(model)
+    if row is None:
+        return model
+    if row.hub_id is None:
+        raise UsageError(f"{model} has no pretrained weights; give --init scratch.")
+    return row.hub_id
+
+
+def weights_are_cached(location: str) -> bool:
+    """Whether the weights are a local directory, or in the hub's cache on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if Path(location).is_dir():
+        return True
+    try:
+        names = ("model.safetensors", "model.safetensors.index.json")
+        return any(isinstance(try_to_load_from_cache(location, name), str) for name in names)
+    except HFValidationError:
+        return False
