@@ -325,7 +325,7 @@ def test_another_recipe_in_the_same_directory_is_refused(
     trained_run: Path, texts_file: Path
 ) -> None:
     """Going on with another learning rate would mix two experiments; the difference is named."""
-    with pytest.raises(UserError, match=r"learning_rate was 0\.003 and is 0\.5"):
+    with pytest.raises(UserError, match=r"learning_rate was 0\.002 and is 0\.5"):
         fit(resolve_tiny(texts_file, learning_rate=0.5), trained_run, quiet=True)
 
 

@@ -232,7 +232,7 @@ def test_a_refused_start_writes_nothing(
     run, directory = _unfinished_copy(trained_run, tmp_path / "run")
     names = sorted(path.name for path in directory.iterdir())
     before = (run / "recipe.yaml").read_text()
-    with pytest.raises(UserError, match=r"learning_rate was 0\.003 and is 0\.5"):
+    with pytest.raises(UserError, match=r"learning_rate was 0\.002 and is 0\.5"):
         fit(resolve_tiny(texts_file, learning_rate=0.5), run, quiet=True)
     assert (run / "recipe.yaml").read_text() == before
     assert sorted(path.name for path in directory.iterdir()) == names
