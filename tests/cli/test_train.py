@@ -207,7 +207,7 @@ def test_a_begun_run_does_not_go_on_with_another_recipe(texts: Path, begun: Path
         model="gpt2-tiny", dataset=str(texts), learning_rate=1.0, seed=9, output_dir=begun
     )
     before = (begun / "recipe.yaml").read_text("utf-8")
-    with pytest.raises(UsageError, match=r"learning_rate: 0\.003 there, 1\.0 here") as caught:
+    with pytest.raises(UsageError, match=r"learning_rate: 0\.002 there, 1\.0 here") as caught:
         launch_training(given, Recorder())
     assert "seed: 0 there, 9 here" in str(caught.value)
     assert "--resume never" in str(caught.value)
