@@ -96,6 +96,27 @@ def test_damaged_scores_are_computed_again(
     assert again["accuracy"] == evaluated[1]["accuracy"]
 
 
+def test_scores_of_another_model_or_other_documents_are_not_reused(
+    evaluated: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kept scores belong to one model and one text: what has changed is scored again."""
+    run = tmp_path / "copy"
+    shutil.copytree(evaluated[0], run, symlinks=True)
+    first, second = (next(run.glob(f"class-{index}-*/final")) for index in (0, 1))
+    shutil.rmtree(first)
+    shutil.copytree(second, first)
+    evaluate_run(run, quiet=True)
+    assert capsys.readouterr().err.count("scoring under") == 1
+    table = pq.read_table(run / "evaluation" / "scores.parquet").to_pandas()
+    assert (table["log_likelihood_0"] == table["log_likelihood_1"]).all()
+
+    other = tmp_path / "other.csv"
+    for last in ("old oven", "fresh bread"):
+        other.write_text(f"text,label\nboat and water,river\nnear the moon,orbit\n{last},kitchen\n")
+        evaluate_run(run, dataset=str(other), split="test", quiet=True)
+        assert capsys.readouterr().err.count("scoring under") == 3, last
+
+
 def test_another_data_set_has_its_own_folder(
     evaluated: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from accel_gpt2.classify.evaluate import evaluate_run
-from accel_gpt2.classify.fit import fit, prepare_data
+from accel_gpt2.classify.fit import fit
+from accel_gpt2.classify.prepare import prepare_data
 from accel_gpt2.classify.run import open_run
 from accel_gpt2.data.batching import epoch_batches
 from accel_gpt2.errors import ExitCode, StoppedEarly, UserError

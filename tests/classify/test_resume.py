@@ -23,6 +23,7 @@ from accel_gpt2.train.checkpoint import (
     list_checkpoints,
     read_checkpoint,
     read_state,
+    read_weights,
     save_checkpoint,
     verify,
 )
@@ -144,16 +145,40 @@ def test_a_damaged_best_checkpoint_is_chosen_anew(
     assert older in list_checkpoints(directory)
 
 
+def _call_best(directory: Path, newest: Path, step: int) -> None:
+    """Have the newest checkpoint say that the best evaluation was that of an earlier step."""
+    whole = read_checkpoint(newest)
+    whole.state.best_step, whole.state.best_bits_per_token = step, 0.1
+    save_checkpoint(
+        directory, **{x.name: getattr(whole, x.name) for x in dataclasses.fields(whole)}
+    )
+
+
+def test_final_is_the_best_step_not_the_last(
+    trained_run: Path, texts_file: Path, tmp_path: Path
+) -> None:
+    """What a run ends with is the model of its best evaluation."""
+    run, directory = _unfinished_copy(trained_run, tmp_path / "run")
+    newest, older = list_checkpoints(directory)
+    step = read_state(older)[0].step
+    _call_best(directory, newest, step)
+    fit(resolve_tiny(texts_file), run, quiet=True)
+    expected = read_weights(older)
+    exported = load_file(directory / "final" / "model.safetensors")
+    assert exported
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in exported.items())
+    assert json.loads((directory / "final" / "training.json").read_text())["best_step"] == step
+
+
 def test_a_lost_best_checkpoint_is_forgotten(
     trained_run: Path, texts_file: Path, tmp_path: Path
 ) -> None:
     """A best step whose checkpoint is gone cannot be exported; this step is evaluated again."""
     run, directory = _unfinished_copy(trained_run, tmp_path / "run")
     newest, older = list_checkpoints(directory)
-    whole = read_checkpoint(newest)
-    whole.state.best_step, whole.state.best_bits_per_token = read_state(older)[0].step, 0.1
-    fields = {field.name: getattr(whole, field.name) for field in dataclasses.fields(whole)}
-    save_checkpoint(directory, **fields)
+    _call_best(directory, newest, read_state(older)[0].step)
+    (directory / "best").unlink()
+    (directory / "best").symlink_to(older.name)
     shutil.rmtree(older)
     fit(resolve_tiny(texts_file), run, quiet=True)
     _assert_same_models(run, trained_run)

@@ -165,6 +165,20 @@ def test_dropout_of_the_recipe_reaches_the_model(pretrained: Path) -> None:
         assert len(losses) == (1 if dropout == 0 else 3)
 
 
+def test_scoring_is_without_dropout_and_leaves_the_mode(pretrained: Path) -> None:
+    """A model in training scores as it will after it, and trains on."""
+    recipe = _recipe(pretrained, dropout=0.5)
+    model = _build(recipe).train()
+    accelerator = build_accelerator(recipe)
+    first, second = (
+        score_documents(model, _Documents([20]), micro_batch_tokens=99, accelerator=accelerator)
+        for _ in range(2)
+    )
+    assert first == second
+    assert model.training
+    assert model.transformers_model.training
+
+
 def test_fused_gelu_is_the_same_function(tmp_path: Path) -> None:
     """gelu_pytorch_tanh in place of gelu_new moves a score by rounding only."""
     from transformers import GPT2LMHeadModel
