@@ -3,37 +3,26 @@
 import dataclasses
 import gc
 import json
-import os
-import platform
 import shlex
-import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from accel_gpt2.classify.bayes import log_priors, predict
-from accel_gpt2.classify.calibration import fit_calibration
 from accel_gpt2.classify.card import write_card
+from accel_gpt2.classify.describe import announce_plan, describe_environment, describe_plan
+from accel_gpt2.classify.prepare import PreparedData, prepare_data
 from accel_gpt2.classify.run import (
     CALIBRATION,
-    PREPARE_LOCK,
     TRAINING_RECORD,
     class_directory,
-    open_run,
 )
-from accel_gpt2.data.cache import cache_directory
-from accel_gpt2.data.sources import TextData, load_text_data
-from accel_gpt2.data.tokenized import TokenizedDocuments, tokenize_documents
-from accel_gpt2.data.tokenizer import TextTokenizer, load_tokenizer
+from accel_gpt2.classify.validation import calibrate, joint_accuracy, log_joint_validation
+from accel_gpt2.data.tokenizer import TextTokenizer
 from accel_gpt2.errors import UsageError, UserError
 from accel_gpt2.recipe import ResolvedRecipe, TrainRecipe, result_differences, to_yaml
 from accel_gpt2.train.checkpoint import (
@@ -50,14 +39,12 @@ from accel_gpt2.train.checkpoint import (
     write_json,
 )
 from accel_gpt2.train.loop import (
-    VALIDATION_SCORES,
     BatchSchedule,
     ClassTraining,
     append_json_line,
     train_class,
-    validation_scores_path,
 )
-from accel_gpt2.train.model import LanguageModel, build_model
+from accel_gpt2.train.model import build_model
 from accel_gpt2.train.processes import (
     build_accelerator,
     check_precision,
@@ -65,35 +52,10 @@ from accel_gpt2.train.processes import (
     current_gpu,
     is_first_process,
     on_first_process,
-    one_process_at_a_time,
     start_trackers,
 )
 from accel_gpt2.train.progress import TrainProgress
 from accel_gpt2.train.stopping import StopRequest
-from accel_gpt2.units import format_bytes, format_count
-
-_RECORDED_PACKAGES = (
-    "accel-gpt2",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "accelerate",
-    "datasets",
-    "peft",
-    "bitsandbytes",
-    "numpy",
-    "scikit-learn",
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreparedData:
-    """The run's text and its tokens."""
-
-    text: TextData
-    tokenizer: TextTokenizer
-    train: TokenizedDocuments
-    validation: TokenizedDocuments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,24 +110,6 @@ def fit(
                 tracker.finish()
 
 
-def prepare_data(recipe: TrainRecipe, *, progress: bool) -> PreparedData:
-    """Read, clean, split and tokenise the recipe's training data, or take it from the cache.
-
-    It happens before the processes meet, so that no collective waits for it; the first process of
-    a machine does the work and the others read its cache.
-    """
-    with one_process_at_a_time(cache_directory() / PREPARE_LOCK):
-        text = load_text_data(recipe, progress=progress)
-        tokenizer = load_tokenizer(recipe, text.train["text"], progress=progress)
-        train, validation = (
-            tokenize_documents(
-                split, tokenizer, recipe.max_length, description=name, progress=progress
-            )
-            for name, split in (("train", text.train), ("validation", text.validation))
-        )
-    return PreparedData(text=text, tokenizer=tokenizer, train=train, validation=validation)
-
-
 def _start_directory(
     run_directory: Path, recipe: TrainRecipe, data: PreparedData, *, resume: str
 ) -> list[_Standing]:
@@ -197,7 +141,7 @@ def _start_directory(
     (run_directory / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     if not (run_directory / "command.txt").is_file():
         (run_directory / "command.txt").write_text(shlex.join(sys.argv) + "\n", encoding="utf-8")
-    write_json(run_directory / "environment.json", _environment())
+    write_json(run_directory / "environment.json", describe_environment())
     data.tokenizer.save(run_directory / "tokenizer")
     return standings
 
@@ -266,9 +210,9 @@ def _fit_classes(
         )
         if not described:
             described = True
-            plan = _describe_plan(recipe, data, model, by_class, steps, accelerator.num_processes)
+            plan = describe_plan(recipe, data, model, by_class, steps, accelerator.num_processes)
             on_first_process(accelerator, partial(_write_plan, run_directory, recipe, plan))
-            _announce(progress, plan, run_directory, accelerator)
+            announce_plan(progress, plan, run_directory, accelerator)
         job = ClassTraining(
             identity=_identity(recipe, data, index),
             directory=directory,
@@ -276,7 +220,7 @@ def _fit_classes(
             validation=data.validation,
             model=model,
             checkpoint=standing.checkpoint,
-            joint_accuracy=_joint_accuracy(index, directories, data, recipe),
+            joint_accuracy=joint_accuracy(index, directories, data, recipe),
             num_classes=len(names),
             earlier_seconds=sum(_training_seconds(directory) for directory in directories),
             later_steps=sum(
@@ -301,9 +245,9 @@ def _fit_classes(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    on_first_process(accelerator, lambda: _calibrate(run_directory, data, progress))
+    on_first_process(accelerator, lambda: calibrate(run_directory, data, progress))
     if described and accelerator.is_main_process:  # something was trained
-        _log_joint_validation(run_directory, directories, data, recipe)
+        log_joint_validation(run_directory, directories, data, recipe)
 
 
 def _write_plan(run_directory: Path, recipe: TrainRecipe, plan: dict[str, Any]) -> None:
@@ -379,71 +323,6 @@ def _chosen_checkpoint(resume: str, num_classes: int) -> tuple[int, Path]:
     return class_index, path
 
 
-def _joint_accuracy(
-    index: int, directories: list[Path], data: PreparedData, recipe: TrainRecipe
-) -> Callable[[int, NDArray[np.float64]], float | None]:
-    """Accuracy on validation of this class's model beside the finished models of all others."""
-    log_prior = log_priors(_class_counts(data), recipe.priors)
-
-    def accuracy(step: int, scores: NDArray[np.float64]) -> float | None:
-        columns = [
-            scores if other == index else _best_validation_scores(directory)
-            for other, directory in enumerate(directories)
-        ]
-        present = [column for column in columns if column is not None]
-        if len(present) < len(columns):
-            return None
-        predictions = predict(np.stack(present, axis=1), log_prior)
-        return float((predictions == data.validation.labels).mean())
-
-    return accuracy
-
-
-def _log_joint_validation(
-    run_directory: Path, directories: list[Path], data: PreparedData, recipe: TrainRecipe
-) -> None:
-    """Add a row for each evaluation, first to last: all classes' models of that time together.
-
-    While classes are trained one after another, only the last one's rows can have this.
-    """
-    log_prior = log_priors(_class_counts(data), recipe.priors)
-    by_class = [
-        sorted((directory / VALIDATION_SCORES).glob("*.npy"), key=lambda path: int(path.stem))
-        for directory in directories
-    ]
-    for number, paths in enumerate(zip(*by_class, strict=False), start=1):
-        scores = np.stack([np.load(path, allow_pickle=False) for path in paths], axis=1)
-        accuracy = float((predict(scores, log_prior) == data.validation.labels).mean())
-        row: dict[str, object] = {
-            "event": "joint_validation",
-            "evaluation": number,
-            "steps": [int(path.stem) for path in paths],
-            "accuracy": accuracy,
-        }
-        append_json_line(run_directory / "log.jsonl", row)
-
-
-def _class_counts(data: PreparedData) -> list[int]:
-    return [int(n) for n in np.bincount(data.train.labels, minlength=len(data.text.class_names))]
-
-
-def _best_validation_scores(directory: Path) -> NDArray[np.float64] | None:
-    """Of a finished class; None when it is not finished."""
-    record = directory / "final" / TRAINING_RECORD
-    if not record.is_file():
-        return None
-    best_step = json.loads(record.read_text(encoding="utf-8"))["best_step"]
-    path = validation_scores_path(directory, best_step)
-    try:
-        scores: NDArray[np.float64] = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): remove {directory} and start again to train this "
-            "class anew."
-        ) from error
-    return scores
-
-
 def _training_seconds(directory: Path) -> float:
     record = directory / "final" / TRAINING_RECORD
     if not record.is_file():
@@ -474,109 +353,3 @@ def _publish_final(job: ClassTraining, tokenizer: TextTokenizer, state: TrainSta
         write_json(staging / TRAINING_RECORD, record)
 
     publish_directory(job.directory / "final", write)
-
-
-def _calibrate(run_directory: Path, data: PreparedData, progress: TrainProgress) -> None:
-    """Fit the calibration on validation scores of the best models, and say the joint accuracy."""
-    run = open_run(run_directory, finished=False)
-    columns = [_best_validation_scores(run.class_directory(i)) for i in range(len(run.class_names))]
-    log_likelihoods = np.stack([column for column in columns if column is not None], axis=1)
-    log_prior = log_priors(run.class_counts, run.recipe.priors)
-    num_tokens = data.validation.lengths.astype(np.int64) - 1
-    labels = data.validation.labels
-    calibration = fit_calibration(log_likelihoods, log_prior, num_tokens, labels)
-    accuracy = float((predict(log_likelihoods, log_prior) == labels).mean())
-    write_json(
-        run_directory / CALIBRATION,
-        {
-            **calibration.to_json(),
-            "joint_validation_accuracy": accuracy,
-            "validation_documents": len(labels),
-        },
-    )
-    progress.say(f"Joint validation accuracy {accuracy:.4f} on {len(labels)} documents")
-
-
-def _describe_plan(
-    recipe: TrainRecipe,
-    data: PreparedData,
-    model: LanguageModel,
-    by_class: list[NDArray[np.int64]],
-    steps: list[int],
-    world_size: int,
-) -> dict[str, Any]:
-    parameters = list(model.model.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    # Weights and two moments in fp32: what AdamW writes; the other optimizers write less.
-    checkpoint_bytes = 12 * trained
-    names = data.text.class_names
-    return {
-        "model": recipe.model,
-        "dataset": recipe.dataset,
-        "class_names": list(names),
-        "class_counts": _class_counts(data),
-        "validation_documents": len(data.validation.labels),
-        "num_parameters": sum(p.numel() for p in parameters),
-        "num_trainable_parameters": trained,
-        "vocab_size": data.tokenizer.vocab_size,
-        "steps_per_class": dict(zip(names, steps, strict=True)),
-        "document_tokens_per_epoch": {
-            name: int((data.train.lengths[indices].astype(np.int64) - 1).sum())
-            for name, indices in zip(names, by_class, strict=True)
-        },
-        "global_batch_tokens": recipe.global_batch_tokens,
-        "global_batch_size": recipe.global_batch_size,
-        "micro_batch_tokens": recipe.micro_batch_tokens,
-        "world_size": world_size,
-        "checkpoint_bytes": checkpoint_bytes,
-        "kept_bytes": len(names) * (checkpoint_bytes * (recipe.keep_checkpoints + 1) + 4 * trained),
-        "truncated_documents": {
-            "train": int(data.train.truncated.sum()),
-            "validation": int(data.validation.truncated.sum()),
-        },
-        "data_source": data.text.source,
-        "data_fingerprint": data.text.fingerprint,
-        "data_treatments": [dataclasses.asdict(treatment) for treatment in data.text.treatments],
-    }
-
-
-def _announce(
-    progress: TrainProgress, plan: dict[str, Any], run_directory: Path, accelerator: Any
-) -> None:
-    steps = sum(plan["steps_per_class"].values())
-    where = str(accelerator.device)
-    if accelerator.num_processes > 1:
-        where = f"{accelerator.num_processes} processes ({where})"
-    progress.say(
-        f"{len(plan['class_names'])} models of {format_count(plan['num_parameters'])} parameters "
-        f"({format_count(plan['num_trainable_parameters'])} trained), {steps} steps in all, on "
-        f"{where}"
-    )
-    free = shutil.disk_usage(run_directory).free
-    progress.say(
-        f"A checkpoint is {format_bytes(plan['checkpoint_bytes'])}; the run keeps at most "
-        f"{format_bytes(plan['kept_bytes'])} on the disk ({format_bytes(free)} free)"
-    )
-    for treatment in plan["data_treatments"]:
-        progress.say(f"Data: {treatment['what']}")
-
-
-def _environment() -> dict[str, object]:
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "gpus": ", ".join(gpus) or "none",
-        "cuda": torch.version.cuda,
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        **{package: installed(package) for package in _RECORDED_PACKAGES},
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }

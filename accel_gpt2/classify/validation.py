@@ -1,0 +1,100 @@
+"""What the classes' models say together about the validation documents."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from accel_gpt2.classify.bayes import log_priors, predict
+from accel_gpt2.classify.calibration import fit_calibration
+from accel_gpt2.classify.prepare import PreparedData
+from accel_gpt2.classify.run import CALIBRATION, TRAINING_RECORD, open_run
+from accel_gpt2.errors import UserError
+from accel_gpt2.recipe import TrainRecipe
+from accel_gpt2.train.checkpoint import write_json
+from accel_gpt2.train.loop import VALIDATION_SCORES, append_json_line, validation_scores_path
+from accel_gpt2.train.progress import TrainProgress
+
+
+def joint_accuracy(
+    index: int, directories: list[Path], data: PreparedData, recipe: TrainRecipe
+) -> Callable[[int, NDArray[np.float64]], float | None]:
+    """Accuracy on validation of this class's model beside the finished models of all others."""
+    log_prior = log_priors(data.class_counts, recipe.priors)
+
+    def accuracy(step: int, scores: NDArray[np.float64]) -> float | None:
+        columns = [
+            scores if other == index else _best_validation_scores(directory)
+            for other, directory in enumerate(directories)
+        ]
+        present = [column for column in columns if column is not None]
+        if len(present) < len(columns):
+            return None
+        predictions = predict(np.stack(present, axis=1), log_prior)
+        return float((predictions == data.validation.labels).mean())
+
+    return accuracy
+
+
+def log_joint_validation(
+    run_directory: Path, directories: list[Path], data: PreparedData, recipe: TrainRecipe
+) -> None:
+    """Add a row for each evaluation, first to last: all classes' models of that time together.
+
+    While classes are trained one after another, only the last one's rows can have this.
+    """
+    log_prior = log_priors(data.class_counts, recipe.priors)
+    by_class = [
+        sorted((directory / VALIDATION_SCORES).glob("*.npy"), key=lambda path: int(path.stem))
+        for directory in directories
+    ]
+    for number, paths in enumerate(zip(*by_class, strict=False), start=1):
+        scores = np.stack([np.load(path, allow_pickle=False) for path in paths], axis=1)
+        accuracy = float((predict(scores, log_prior) == data.validation.labels).mean())
+        row: dict[str, object] = {
+            "event": "joint_validation",
+            "evaluation": number,
+            "steps": [int(path.stem) for path in paths],
+            "accuracy": accuracy,
+        }
+        append_json_line(run_directory / "log.jsonl", row)
+
+
+def _best_validation_scores(directory: Path) -> NDArray[np.float64] | None:
+    """Of a finished class; None when it is not finished."""
+    record = directory / "final" / TRAINING_RECORD
+    if not record.is_file():
+        return None
+    best_step = json.loads(record.read_text(encoding="utf-8"))["best_step"]
+    path = validation_scores_path(directory, best_step)
+    try:
+        scores: NDArray[np.float64] = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): remove {directory} and start again to train this "
+            "class anew."
+        ) from error
+    return scores
+
+
+def calibrate(run_directory: Path, data: PreparedData, progress: TrainProgress) -> None:
+    """Fit the calibration on validation scores of the best models, and say the joint accuracy."""
+    run = open_run(run_directory, finished=False)
+    columns = [_best_validation_scores(run.class_directory(i)) for i in range(len(run.class_names))]
+    log_likelihoods = np.stack([column for column in columns if column is not None], axis=1)
+    log_prior = log_priors(run.class_counts, run.recipe.priors)
+    num_tokens = data.validation.lengths.astype(np.int64) - 1
+    labels = data.validation.labels
+    calibration = fit_calibration(log_likelihoods, log_prior, num_tokens, labels)
+    accuracy = float((predict(log_likelihoods, log_prior) == labels).mean())
+    write_json(
+        run_directory / CALIBRATION,
+        {
+            **calibration.to_json(),
+            "joint_validation_accuracy": accuracy,
+            "validation_documents": len(labels),
+        },
+    )
+    progress.say(f"Joint validation accuracy {accuracy:.4f} on {len(labels)} documents")
