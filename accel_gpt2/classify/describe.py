@@ -5,7 +5,6 @@ import os
 import platform
 import shutil
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import accel_gpt2
 from accel_gpt2.classify.prepare import PreparedData
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.model import LanguageModel
 from accel_gpt2.train.progress import TrainProgress
 from accel_gpt2.units import format_bytes, format_count
-
-_RECORDED_PACKAGES = (
-    "accel-gpt2",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "accelerate",
-    "datasets",
-    "peft",
-    "bitsandbytes",
-    "numpy",
-    "scikit-learn",
-)
+from accel_gpt2.versions import installed_versions
 
 
 def describe_plan(
@@ -107,12 +95,6 @@ def announce_plan(
 def describe_environment() -> dict[str, object]:
     """The content of environment.json: versions and machine; nothing of the user's variables."""
 
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
@@ -122,6 +104,7 @@ def describe_environment() -> dict[str, object]:
         "gpus": ", ".join(gpus) or "none",
         "cuda": torch.version.cuda,
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        **{package: installed(package) for package in _RECORDED_PACKAGES},
+        "accel-gpt2": accel_gpt2.__version__,
+        **installed_versions(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -12,21 +12,7 @@ from accel_gpt2.cli.hardware import detect_hardware, profile_for
 from accel_gpt2.cli.options import DebugOption, JsonOption
 from accel_gpt2.cli.output import print_json, print_table, warn
 from accel_gpt2.units import format_bytes
-
-_PACKAGES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "accelerate",
-    "datasets",
-    "peft",
-    "bitsandbytes",
-    "safetensors",
-    "huggingface_hub",
-    "numpy",
-    "scikit-learn",
-    "matplotlib",
-)
+from accel_gpt2.versions import installed_versions
 
 # Their values help; of the secret ones only whether they are set.
 _VARIABLES = (
@@ -71,7 +57,7 @@ def examine() -> dict[str, Any]:
         "accel_gpt2": accel_gpt2.__version__,
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": installed_versions(),
         "torch": torch,
         "gpus": [
             {
@@ -93,15 +79,6 @@ def examine() -> dict[str, Any]:
         "environment": _environment(),
     }
     return {**findings, "problems": _problems(findings)}
-
-
-def _version(package: str) -> str | None:
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _torch() -> dict[str, Any]:
