@@ -50,7 +50,9 @@ def demo(
     else:
         show_metrics(metrics)
     say(f"Report: {report}")
-    say(f'Try it: accel-gpt2 predict {output_dir} "Returns a new tensor with the same data."')
+    say(
+        f'Try it: accel-gpt2 predict {output_dir} "Fit the model to data matrix X and target(s) y."'
+    )
 
 
 def run_demo(

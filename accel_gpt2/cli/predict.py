@@ -49,7 +49,7 @@ def predict(
             }
         )
     else:
-        _show(documents, predictions)
+        show_predictions(documents, predictions)
     truncated = sum(prediction.truncated for prediction in predictions)
     if truncated:
         warn(f"{truncated} of {len(documents)} texts are longer than the model reads and were cut.")
@@ -91,21 +91,33 @@ def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
     return documents
 
 
-def _show(documents: Sequence[str], predictions: Sequence["Prediction"]) -> None:
+def show_predictions(documents: Sequence[str], predictions: Sequence["Prediction"]) -> None:
+    """One text: every class with its probability; several: the answer for each."""
     if len(documents) == 1:
         (prediction,) = predictions
         names = sorted(prediction.probabilities, key=lambda name: -prediction.probabilities[name])
         print_table(
-            {"class": "left", "probability": "right", "log p(text|class), nats": "right"},
+            {
+                "class": "left",
+                "probability": "right",
+                "log p(text|class), nats": "right",
+                "answer": "left",
+            },
             [
                 [
                     name,
                     f"{prediction.probabilities[name]:.3f}",
                     f"{prediction.log_likelihoods[name]:.1f}",
+                    "<- Bayes' rule" if name == prediction.label else "",
                 ]
                 for name in names
             ],
         )
+        if prediction.label != names[0]:
+            say(
+                f"A close call: Bayes' rule answers {prediction.label}; calibration, which also "
+                f"corrects for length and class, leans to {names[0]}."
+            )
         return
     print_table(
         {"class": "left", "probability": "right", "text": "left"},

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from accel_gpt2.cli.predict import read_texts
+from accel_gpt2.classify.predict import Prediction
+from accel_gpt2.cli.predict import read_texts, show_predictions
 from accel_gpt2.errors import UsageError
 
 
@@ -53,3 +54,23 @@ def test_an_empty_text_has_no_class() -> None:
     """An empty argument is an error and not a prior's guess."""
     with pytest.raises(UsageError, match="no text in the command line"):
         read_texts([" "], None)
+
+
+def test_the_answer_is_bayes_rule_also_where_calibration_leans_elsewhere(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The table marks the answer; where the calibrated probabilities differ, a sentence says so."""
+    prediction = Prediction(
+        label="b",
+        probabilities={"a": 0.6, "b": 0.4},
+        raw_probabilities={"a": 0.1, "b": 0.9},
+        log_likelihoods={"a": -5.0, "b": -4.0},
+        num_tokens=3,
+        truncated=False,
+    )
+    show_predictions(["text"], [prediction])
+    shown = capsys.readouterr()
+    (marked,) = [line for line in shown.out.splitlines() if "Bayes' rule" in line]
+    assert marked.startswith("b ")
+    assert "Bayes' rule answers b" in shown.err
+    assert "leans to a" in shown.err
