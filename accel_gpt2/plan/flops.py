@@ -1,7 +1,5 @@
 """Arithmetic of a training step: what MFU is measured against."""
 
-from accel_gpt2.catalog.models import ModelSpec
-
 
 def train_flops_per_token(
     *, n_layer: int, n_embd: int, vocab_size: int, context_tokens: float
@@ -17,13 +15,3 @@ def train_flops_per_token(
     """
     matrices = 12 * n_layer * n_embd**2 + vocab_size * n_embd
     return 6.0 * matrices + 12.0 * n_layer * n_embd * context_tokens
-
-
-def model_flops_per_token(model: ModelSpec, context_tokens: float) -> float:
-    """`train_flops_per_token` of a catalog row."""
-    return train_flops_per_token(
-        n_layer=model.n_layer,
-        n_embd=model.n_embd,
-        vocab_size=model.vocab_size,
-        context_tokens=context_tokens,
-    )
