@@ -98,7 +98,8 @@ class TrainRecipe:
     keep_checkpoints: Annotated[int, Ge(1)] = 2  # the last N; the best one is kept besides
     log_every_steps: Annotated[int, Ge(1)] = 10
     max_time_seconds: Annotated[float, Gt(0)] | None = None
-    price_usd_per_hour: Annotated[float, Ge(0)] | None = None
+    price_usd_per_hour: Annotated[float, Ge(0)] | None = None  # of the whole machine
+    budget_usd: Annotated[float, Gt(0)] | None = None  # of the whole run; needs the price
     trackers: tuple[str, ...] = ("tensorboard",)
 
 
@@ -233,6 +234,13 @@ def _contradictions(recipe: TrainRecipe) -> list[str]:
         problems.append(
             "finetuning = 'lora' with init = 'scratch': an adapter on random weights learns next "
             "to nothing; give --finetuning full, or a pretrained model."
+        )
+    if recipe.budget_usd is not None and not recipe.price_usd_per_hour:
+        price = "no price_usd_per_hour" if recipe.price_usd_per_hour is None else "a price of 0"
+        problems.append(
+            f"budget_usd = {recipe.budget_usd:g} with {price}: a budget is reached at a price; "
+            "give --set price_usd_per_hour=... (what the whole machine costs), or leave the budget "
+            "out and give --max-time."
         )
     return problems
 

@@ -154,12 +154,27 @@ def test_no_batch_key_is_an_error() -> None:
         ({"model": "gpt2-tiny", "init": "pretrained"}, "gpt2-tiny has no pretrained weights"),
         ({"tokenizer": "train"}, "pretrained weights know only their own tokens"),
         ({"finetuning": "lora", "init": "scratch"}, "an adapter on random weights"),
+        (
+            {"budget_usd": 5.0},
+            r"budget_usd = 5 with no price_usd_per_hour: .* give --set price_usd_per_hour=",
+        ),
+        (
+            {"budget_usd": 5.0, "price_usd_per_hour": 0.0},
+            r"budget_usd = 5 with a price of 0: .* give --set price_usd_per_hour=",
+        ),
     ],
 )
 def test_contradictions_say_what_to_type(values: dict[str, object], match: str) -> None:
     """Values that do not go together are named with a way out."""
     with pytest.raises(UsageError, match=match):
         recipe_of(**values)
+
+
+def test_a_budget_is_of_the_run_and_goes_with_a_price() -> None:
+    """A budget with a price is a recipe, and a run may go on with a larger one."""
+    recipe = recipe_of(budget_usd=5.0, price_usd_per_hour=1.5)
+    assert (recipe.budget_usd, recipe.price_usd_per_hour) == (5.0, 1.5)
+    assert "budget_usd" in RUN_FIELDS
 
 
 def test_an_unquoted_no_is_a_precision(tmp_path: Path) -> None:

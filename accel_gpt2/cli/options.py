@@ -123,6 +123,10 @@ def train_command(act: Callable[[TrainOptions], None]) -> Callable[..., None]:
             str | None,
             typer.Option(metavar="<duration>", help="Stop, saved, after so long: 90s, 15m, 1h30m."),
         ] = None,
+        budget_usd: Annotated[
+            float | None,
+            typer.Option(help="Stop, saved, after so much money, at --set price_usd_per_hour=..."),
+        ] = None,
         resume: Annotated[
             str,
             typer.Option(
@@ -166,6 +170,7 @@ def train_command(act: Callable[[TrainOptions], None]) -> Callable[..., None]:
             "seed": seed,
             "profile": profile,
             "max_time_seconds": None if max_time is None else parse_seconds(max_time),
+            "budget_usd": budget_usd,
         }
         act(
             TrainOptions(

@@ -40,6 +40,12 @@ def test_nothing_typed_is_nothing_decided() -> None:
         (["--epochs", "0.5"], "epochs", 0.5, "--epochs"),
         (["--max-steps", "7"], "max_steps", 7, "--max-steps"),
         (["--max-time", "1h30m"], "max_time_seconds", 5400.0, "--max-time"),
+        (
+            ["--budget-usd", "2.5", "--set", "price_usd_per_hour=0.7"],
+            "budget_usd",
+            2.5,
+            "--budget-usd",
+        ),
         (["--learning-rate", "1e-4"], "learning_rate", 1e-4, "--learning-rate"),
         (["--global-batch-tokens", "99"], "global_batch_tokens", 99, "--global-batch-tokens"),
         (["--max-length", "64"], "max_length", 64, "--max-length"),
