@@ -1,5 +1,6 @@
 """How a command ends: every exception becomes one text and one exit code, here and nowhere else."""
 
+import io
 import os
 import sys
 import traceback
@@ -8,6 +9,7 @@ import typer
 
 from accel_gpt2.cli.output import is_main_process, say
 from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
+from accel_gpt2.terminal import printable, shortened
 
 _show_traceback = False
 
@@ -32,13 +34,17 @@ def outcome(error: BaseException | None) -> tuple[int, str]:
             return int(ExitCode.DONE), ""
         case UserError() | StoppedEarly():
             return int(error.exit_code), str(error)
-        case KeyboardInterrupt():
+        case KeyboardInterrupt() | typer.Abort():
             return int(ExitCode.INTERRUPTED), "Interrupted."
         case typer.Exit():
             return error.exit_code, ""
         case SystemExit():
             code = error.code
             return (code, "") if isinstance(code, int) else (0 if code is None else 1, str(code))
+        case _ if hasattr(error, "format_message"):  # the argument parser's own
+            text = io.StringIO()
+            error.show(file=text)
+            return int(ExitCode.USAGE), text.getvalue().strip()
         case _:
             text = " ".join(str(error).split()).rstrip(".")
             name = type(error).__name__
@@ -68,8 +74,9 @@ def run(app: typer.Typer) -> None:
     """
     global _show_traceback
     _show_traceback = False
+    _encode_whatever_comes()
     try:
-        app()
+        code = app(standalone_mode=False) or ExitCode.DONE
     except SystemExit as exit_:
         code = outcome(exit_)[0]
     except BaseException as error:
@@ -77,11 +84,19 @@ def run(app: typer.Typer) -> None:
     sys.exit(_after_flush(code))
 
 
+def _encode_whatever_comes() -> None:
+    """Let stdout take every text: bytes of a file name that are not UTF-8 go out as they came."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+
+
 def _report(error: BaseException) -> int:
     code, text = outcome(error)
+    text = shortened(text)
     expected = isinstance(error, UserError | StoppedEarly | KeyboardInterrupt)
     if not expected and not is_main_process():
-        sys.stderr.write(f"Process {os.environ.get('RANK', '?')}: {text}\n")
+        sys.stderr.write(printable(f"Process {os.environ.get('RANK', '?')}: {text}\n"))
     elif not isinstance(error, StoppedEarly):
         say(text, style="red")
     else:

@@ -2,10 +2,14 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from typing import Literal
 
+from accel_gpt2.terminal import printable
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 def is_main_process(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this process may talk: the only one, or rank 0 of those a launcher started.
@@ -19,13 +23,16 @@ def is_main_process(environment: Mapping[str, str] = os.environ) -> bool:
 def say(text: str, *, style: str = "") -> None:
     """Talk: one message to stderr, from the main process only.
 
-    Long lines are left to the terminal to break, so that paths and commands can be copied.
+    Long lines are left to the terminal to break, so that paths and commands can be copied; control
+    characters, whoever wrote them, are shown as escapes.
     """
     if is_main_process():
         from rich.console import Console
         from rich.text import Text
 
-        Console(stderr=True, highlight=False).print(Text(text, style=style), soft_wrap=True)
+        Console(stderr=True, highlight=False).print(
+            Text(printable(text), style=style), soft_wrap=True
+        )
 
 
 def warn(text: str) -> None:
@@ -40,7 +47,10 @@ def print_line(text: str) -> None:
 
 def print_json(document: object) -> None:
     """Data: the one JSON document of a `--json` answer, indented, NaN-free."""
-    print_line(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    if _SURROGATE.search(text):  # of a path that is not UTF-8, which JSON can hold as an escape only
+        text = json.dumps(document, indent=2, allow_nan=False)
+    print_line(text)
 
 
 def print_table(columns: Mapping[str, Literal["left", "right"]], rows: list[list[str]]) -> None:
@@ -54,5 +64,5 @@ def print_table(columns: Mapping[str, Literal["left", "right"]], rows: list[list
     for heading, side in columns.items():
         table.add_column(heading, justify=side, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     Console(highlight=False).print(table)
