@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,13 @@ from accel_gpt2.classify.card import write_card
 from accel_gpt2.classify.describe import announce_plan, describe_plan
 from accel_gpt2.classify.prepare import PreparedData, prepare_data
 from accel_gpt2.classify.run import (
+    LOG,
     TRAINING_RECORD,
+    holds_work,
+    read_spent_seconds,
+    read_training_record,
+    write_recipe,
+    write_spent_seconds,
 )
 from accel_gpt2.classify.standing import (
     Standing,
@@ -33,12 +38,7 @@ from accel_gpt2.train.checkpoint import (
     verify,
     write_json,
 )
-from accel_gpt2.train.loop import (
-    BatchSchedule,
-    ClassTraining,
-    append_json_line,
-    train_class,
-)
+from accel_gpt2.train.loop import ClassTraining, train_class
 from accel_gpt2.train.model import build_model
 from accel_gpt2.train.processes import (
     build_accelerator,
@@ -50,7 +50,9 @@ from accel_gpt2.train.processes import (
     start_trackers,
 )
 from accel_gpt2.train.progress import TrainProgress
-from accel_gpt2.train.stopping import StopRequest
+from accel_gpt2.train.run_log import append_json_line, cut_unfinished_line
+from accel_gpt2.train.schedule import BatchSchedule
+from accel_gpt2.train.stopping import StopRequest, limits_of
 
 
 def fit(
@@ -67,14 +69,18 @@ def fit(
 
     Raises:
         UserError: when something that the user can change stands in the way.
-        StoppedEarly: by a signal or the time limit, with the work saved.
+        StoppedEarly: by a signal, the time limit or the budget, with the work saved.
     """
     recipe = resolved.recipe
     talks = is_first_process()
-    with StopRequest(recipe.max_time_seconds) as stop:
+    goes_on = resume != "never"
+    spent_seconds = read_spent_seconds(run_directory) if goes_on else 0.0
+    limits = limits_of(recipe, spent_seconds)
+    with StopRequest(limits, saved=goes_on and holds_work(run_directory)) as stop:
         check_precision(recipe)
         check_trackers(recipe)
         data = prepare_data(recipe, progress=talks and not quiet)
+        stop.preparing = False  # from here on the processes leave together
         accelerator = build_accelerator(recipe, run_directory)
         standings = on_first_process(
             accelerator, lambda: start_directory(run_directory, recipe, data, resume=resume)
@@ -90,8 +96,11 @@ def fit(
                     accelerator,
                     stop=stop,
                     progress=progress,
+                    spent_seconds=spent_seconds,
                 )
         finally:
+            if accelerator.is_main_process:
+                write_spent_seconds(run_directory, spent_seconds + stop.seconds)
             for tracker in accelerator.trackers:
                 tracker.finish()
 
@@ -105,18 +114,25 @@ def _fit_classes(
     *,
     stop: StopRequest,
     progress: TrainProgress,
+    spent_seconds: float,
 ) -> None:
     names = data.text.class_names
     directories = class_directories(run_directory, data)
     by_class = [data.train.for_class(index) for index in range(len(names))]
-    steps = [BatchSchedule(data.train.lengths[indices], recipe).total_steps for indices in by_class]
-    stop.saving = any(x.finished or x.checkpoint is not None for x in standings)
+    schedules = [
+        BatchSchedule(
+            data.train.lengths[indices], recipe, total_steps=_known_steps(directory, standing)
+        )
+        for indices, directory, standing in zip(by_class, directories, standings, strict=True)
+    ]
+    steps = [schedule.total_steps for schedule in schedules]
     gpu = current_gpu(accelerator)
+    plan: dict[str, Any] = {}
 
     def log(row: dict[str, object]) -> None:
         if not accelerator.is_main_process:
             return
-        append_json_line(run_directory / "log.jsonl", row)
+        append_json_line(run_directory / LOG, row)
         slug = directories[int(str(row["class_index"]))].name
         numbers = {
             f"{slug}/{key}": value
@@ -125,7 +141,19 @@ def _fit_classes(
         }
         accelerator.log(numbers, step=row["step"])
 
-    described = False
+    def on_recipe(smaller: TrainRecipe) -> None:
+        nonlocal recipe
+        recipe = smaller
+        plan["micro_batch_tokens"] = smaller.micro_batch_tokens
+
+        def write() -> None:
+            write_recipe(run_directory, smaller)
+            _write_plan(run_directory, smaller, plan)
+
+        on_first_process(accelerator, write)
+
+    if accelerator.is_main_process:
+        cut_unfinished_line(run_directory / LOG)
     for index, (name, directory, standing) in enumerate(
         zip(names, directories, standings, strict=True)
     ):
@@ -141,8 +169,7 @@ def _fit_classes(
             vocab_size=data.tokenizer.vocab_size,
             eos_token_id=data.tokenizer.eos_token_id,
         )
-        if not described:
-            described = True
+        if not plan:
             plan = describe_plan(recipe, data, model, by_class, steps, accelerator.num_processes)
             on_first_process(accelerator, partial(_write_plan, run_directory, recipe, plan))
             announce_plan(progress, plan, run_directory, accelerator)
@@ -152,15 +179,18 @@ def _fit_classes(
             documents=data.train.select(by_class[index]),
             validation=data.validation,
             model=model,
+            schedule=schedules[index],
             checkpoint=standing.checkpoint,
             joint_accuracy=joint_accuracy(index, directories, data, recipe),
             num_classes=len(names),
-            earlier_seconds=sum(_training_seconds(directory) for directory in directories),
+            spent_seconds=spent_seconds,
             later_steps=sum(
                 count
                 for later, count in enumerate(steps)
                 if later > index and not standings[later].finished
             ),
+            on_recipe=on_recipe,
+            on_saved=lambda: write_spent_seconds(run_directory, spent_seconds + stop.seconds),
         )
         start = standing.checkpoint
         event = "start" if start is None else "resume"
@@ -179,7 +209,7 @@ def _fit_classes(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     on_first_process(accelerator, lambda: calibrate(run_directory, data, progress))
-    if described and accelerator.is_main_process:  # something was trained
+    if plan and accelerator.is_main_process:  # something was trained
         log_joint_validation(run_directory, directories, data, recipe)
 
 
@@ -188,11 +218,13 @@ def _write_plan(run_directory: Path, recipe: TrainRecipe, plan: dict[str, Any]) 
     write_card(run_directory, recipe, plan, metrics=None)
 
 
-def _training_seconds(directory: Path) -> float:
-    record = directory / "final" / TRAINING_RECORD
-    if not record.is_file():
-        return 0.0
-    return float(json.loads(record.read_text(encoding="utf-8"))["seconds"])
+def _known_steps(directory: Path, standing: Standing) -> int | None:
+    """The number of a class's steps, where a checkpoint or its final model tells it."""
+    if standing.finished:
+        return int(read_training_record(directory / "final")["steps"])
+    if standing.checkpoint is None:
+        return None
+    return read_state(standing.checkpoint)[0].total_steps
 
 
 def _publish_final(job: ClassTraining, tokenizer: TextTokenizer, state: TrainState) -> None:

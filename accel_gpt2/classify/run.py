@@ -1,17 +1,20 @@
 """A run directory: its names, and what is read back from it."""
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accel_gpt2.errors import UserError
-from accel_gpt2.recipe import Layer, TrainRecipe, read_layer, resolve
-from accel_gpt2.train.checkpoint import MANIFEST
+from accel_gpt2.recipe import Layer, TrainRecipe, read_layer, resolve, to_yaml
+from accel_gpt2.train.checkpoint import MANIFEST, write_json
 
 CALIBRATION = "calibration.json"  # in the run directory, written when all classes are trained
 TRAINING_RECORD = "training.json"  # in `final/`: the best step, tokens, seconds, identity
+LOG = "log.jsonl"
+SPENT = "spent.json"  # the seconds of all starts, for the budget
 PREPARE_LOCK = "prepare.lock"  # in the cache: who reads and tokenises, the others wait
 
 
@@ -94,3 +97,47 @@ def open_run(directory: Path, *, finished: bool = True) -> Run:
 def _go_on(directory: Path) -> str:
     recipe_path = directory / "recipe.yaml"
     return f"Go on with `accel-gpt2 train --recipe {recipe_path} --output-dir {directory}`."
+
+
+def holds_work(run_directory: Path) -> bool:
+    """Whether a start would go on from something: a checkpoint or a finished class."""
+    return any(run_directory.glob("class-*/checkpoint-*")) or any(
+        run_directory.glob("class-*/final")
+    )
+
+
+def write_recipe(run_directory: Path, recipe: TrainRecipe) -> None:
+    """`recipe.yaml`, whole or not at all."""
+    path = run_directory / "recipe.yaml"
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    staging.write_text(to_yaml(recipe), encoding="utf-8")
+    staging.replace(path)
+
+
+def read_training_record(final: Path) -> dict[str, Any]:
+    """What is known of a finished class's training."""
+    record: dict[str, Any] = json.loads((final / TRAINING_RECORD).read_text(encoding="utf-8"))
+    return record
+
+
+def read_spent_seconds(run_directory: Path) -> float:
+    """How long earlier starts of a run took; 0 for none.
+
+    Raises:
+        UserError: when the record is damaged: without it a budget would be spent twice.
+    """
+    path = run_directory / SPENT
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
+    except FileNotFoundError:
+        return 0.0
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); write the seconds that the "
+            'run took so far into it, as {"seconds": 3600}, or remove it to count from 0.'
+        ) from None
+
+
+def write_spent_seconds(run_directory: Path, seconds: float) -> None:
+    """Keep how long all starts of a run took so far."""
+    write_json(run_directory / SPENT, {"seconds": round(seconds, 1)})

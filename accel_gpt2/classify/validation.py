@@ -14,8 +14,9 @@ from accel_gpt2.classify.run import CALIBRATION, TRAINING_RECORD, open_run
 from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.checkpoint import write_json
-from accel_gpt2.train.loop import VALIDATION_SCORES, append_json_line, validation_scores_path
+from accel_gpt2.train.loop import VALIDATION_SCORES, validation_scores_path
 from accel_gpt2.train.progress import TrainProgress
+from accel_gpt2.train.run_log import append_json_line
 
 
 def joint_accuracy(

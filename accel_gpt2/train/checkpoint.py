@@ -42,6 +42,7 @@ class TrainState:
     """Where the training of one class stands: the one mutable type of the loop."""
 
     step: int = 0  # optimizer steps done
+    total_steps: int = 0  # of the whole training, so that a resumed run need not count them
     epoch: int = 0
     batch: int = 0  # global batches of this epoch that are done
     tokens: int = 0  # document tokens trained on, padding not counted
@@ -52,6 +53,8 @@ class TrainState:
     peak_memory_bytes: int = 0
     loss_sum: float = 0.0  # since the last log line, so that a resumed run logs the same numbers
     loss_tokens: int = 0
+    skipped_steps: int = 0  # that changed nothing: see `nonfinite`
+    bad_steps_in_a_row: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,8 @@
 """The training loop of one class: long and flat, so that a whole step can be read at once."""
 
 import contextlib
-import json
+import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from accel_gpt2.catalog.gpus import GpuSpec
-from accel_gpt2.data.batching import Indices, collate, epoch_batches, split_micro_batches
+from accel_gpt2.catalog.optimizers import OPTIMIZERS
+from accel_gpt2.data.batching import collate, split_micro_batches
 from accel_gpt2.data.tokenized import TokenizedDocuments
 from accel_gpt2.errors import UserError
-from accel_gpt2.plan.flops import train_flops_per_token
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.checkpoint import (
     Identity,
@@ -31,55 +30,30 @@ from accel_gpt2.train.checkpoint import (
     save_checkpoint,
     write_array,
 )
+from accel_gpt2.train.memory import fitting_micro_batch_tokens
 from accel_gpt2.train.model import LanguageModel
+from accel_gpt2.train.nonfinite import (
+    MAX_SKIPPED_IN_A_ROW,
+    NONFINITE_FILE,
+    MicroBatchLoss,
+    check_loss_scale,
+    describe_losses,
+    diverged,
+    left_to_the_scaler,
+    write_nonfinite_step,
+)
 from accel_gpt2.train.optim import build_optimizer, learning_rate_at
 from accel_gpt2.train.processes import on_first_process
 from accel_gpt2.train.progress import TrainProgress, describe_step
+from accel_gpt2.train.schedule import BatchSchedule
 from accel_gpt2.train.scoring import score_documents, to_device
 from accel_gpt2.train.stopping import StopRequest
+from accel_gpt2.train.throughput import flops_per_token, peak_flops_per_second, peak_memory_bytes
 
 # What a row of log.jsonl goes through: the file, the trackers.
 LogRow = Callable[[dict[str, object]], None]
 
 VALIDATION_SCORES = "validation_scores"  # a folder in each class's directory
-
-
-class BatchSchedule:
-    """Every global batch of a training, reachable directly by (epoch, batch)."""
-
-    def __init__(self, lengths: NDArray[Any], recipe: TrainRecipe) -> None:
-        self._lengths = lengths
-        self._recipe = recipe
-        self._epoch = -1
-        self._batches: list[Indices] = []
-        self.total_steps = self._count_steps()
-
-    def epoch(self, epoch: int) -> list[Indices]:
-        """The global batches of an epoch, in order."""
-        if epoch != self._epoch:
-            self._batches = epoch_batches(
-                self._lengths,
-                global_batch_tokens=self._recipe.global_batch_tokens,
-                global_batch_size=self._recipe.global_batch_size,
-                seed=self._recipe.seed,
-                epoch=epoch,
-            )
-            self._epoch = epoch
-        return self._batches
-
-    def _count_steps(self) -> int:
-        limit = self._recipe.max_steps or math.inf
-        whole_epochs = math.floor(self._recipe.epochs)
-        steps = 0
-        for epoch in range(whole_epochs):
-            steps += len(self.epoch(epoch))
-            if steps >= limit:
-                return int(limit)
-        part = self._recipe.epochs - whole_epochs
-        if part > 0:
-            # Rounded first: 1.1 - 1 is a little more than 0.1, and must not cost a step more.
-            steps += math.ceil(round(part * len(self.epoch(whole_epochs)), 6))
-        return int(min(steps, limit))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +63,10 @@ class ClassTraining:
     `checkpoint` is a directory that `verify` has passed; None starts from step 0. `validation`
     holds the validation documents of all classes, since the classifier compares models on every
     document; `joint_accuracy` gives the accuracy of the whole classifier from this class's step and
-    validation scores, or None while other classes have none. `earlier_seconds` were spent on other
-    classes of the run and `later_steps` are still to come in them.
+    validation scores, or None while other classes have none. `spent_seconds` went into earlier
+    starts of the run and `later_steps` are still to come in other classes. `on_recipe` is told, on
+    all ranks, when the recipe's micro batch was too large for this machine; `on_saved`, on the
+    first rank, whenever a checkpoint is in place.
     """
 
     identity: Identity
@@ -98,11 +74,14 @@ class ClassTraining:
     documents: TokenizedDocuments
     validation: TokenizedDocuments
     model: LanguageModel
+    schedule: BatchSchedule
     checkpoint: Path | None
     joint_accuracy: Callable[[int, NDArray[np.float64]], float | None]
     num_classes: int
-    earlier_seconds: float
+    spent_seconds: float
     later_steps: int
+    on_recipe: Callable[[TrainRecipe], None]
+    on_saved: Callable[[], None]
 
 
 def validation_scores_path(class_directory: Path, step: int) -> Path:
@@ -127,18 +106,19 @@ def train_class(
     the result beyond rounding.
 
     Raises:
-        StoppedEarly: by a signal or the time limit, after saving.
-        UserError: when gradients are zero at the first step, a loss is no longer finite, or the
-            disk is full.
+        StoppedEarly: by a signal, the time limit or the budget, after saving.
+        DoesNotFitError: when not even one document goes through the machine at once.
+        UserError: when gradients are zero at the first step, numbers go wrong beyond the rule of
+            `nonfinite`, or the disk is full.
     """
     device: torch.device = accelerator.device
     world_size: int = accelerator.num_processes
     rank: int = accelerator.process_index
     lengths = job.documents.lengths
-    schedule = BatchSchedule(lengths, recipe)
+    schedule = job.schedule
     own_validation = np.flatnonzero(job.validation.labels == job.identity.class_index)
-    flops = _flops_per_token(job.model, lengths, recipe)
-    peak_flops = _peak_flops(gpu, recipe.mixed_precision)
+    flops = flops_per_token(job.model, lengths, recipe)
+    peak_flops = peak_flops_per_second(gpu, recipe.mixed_precision)
     name = f"{job.identity.class_name} ({job.identity.class_index + 1}/{job.num_classes})"
 
     checkpoint = None if job.checkpoint is None else read_checkpoint(job.checkpoint)
@@ -153,7 +133,7 @@ def train_class(
     # The accelerator has one for all classes, and none of them may depend on the one before.
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(torch.amp.GradScaler(device.type).state_dict())
-    state = TrainState()
+    state = TrainState(total_steps=schedule.total_steps)
     saved: tuple[int, int] | None = None  # (step, evaluated_step) of what is on the disk
     if checkpoint is not None:
         state = checkpoint.state
@@ -166,11 +146,39 @@ def train_class(
             # What comes is compared with what there is: this step again, if it is one to evaluate.
             state.best_step, state.best_bits_per_token = -1, math.inf
             state.evaluated_step, saved = -1, None
+    resumed = checkpoint is not None
     del checkpoint  # 12 bytes a parameter
+
+    def on_halved(micro_batch_tokens: int) -> None:
+        nonlocal recipe
+        recipe = dataclasses.replace(recipe, micro_batch_tokens=micro_batch_tokens)
+        job.on_recipe(recipe)
+        log(
+            {
+                "event": "micro_batch_halved",
+                **_where(job.identity, state, schedule),
+                "micro_batch_tokens": micro_batch_tokens,
+            }
+        )
+        progress.say(
+            f"{name}: out of memory; {micro_batch_tokens} tokens go through at once from here on, "
+            "and twice as many micro batches make the same global batch"
+        )
+
+    model.train()
+    if state.step < schedule.total_steps:
+        fitting_micro_batch_tokens(
+            plain_model,
+            job.documents,
+            micro_batch_tokens=recipe.micro_batch_tokens,
+            reserved_bytes=0 if resumed else _optimizer_bytes(parameters, recipe),
+            accelerator=accelerator,
+            on_halved=on_halved,
+        )
 
     running_loss = torch.zeros((), dtype=torch.float64, device=device)
     running_tokens = 0
-    grad_norm = torch.zeros(())
+    step_seconds = save_seconds = 0.0  # the longest so far
     started = time.monotonic()
     seconds_before = state.seconds
     line_started, line_tokens = started, 0
@@ -186,20 +194,12 @@ def train_class(
         running_tokens = 0
         state.seconds = seconds_before + time.monotonic() - started
         state.peak_memory_bytes = max(state.peak_memory_bytes, peak_memory_bytes(device))
-        if not math.isfinite(state.loss_sum):
-            raise diverged("loss", state.loss_sum)
-
-    def diverged(what: str, value: float) -> UserError:
-        return UserError(
-            f"{name}: the {what} is {value} after step {state.step}, and nothing was saved from "
-            "that; give --resume never and a smaller --learning-rate to start anew, or "
-            "--mixed-precision bf16 where it is fp16."
-        )
 
     def save() -> None:
-        nonlocal saved
+        nonlocal saved, save_seconds
         if saved == (state.step, state.evaluated_step):
             return
+        save_started = time.monotonic()
         gather_loss()
         random_states = _gather(accelerator, _random_state(device))
 
@@ -215,9 +215,12 @@ def train_class(
             if state.best_step >= 0:
                 point_best_at(checkpoint_path(job.directory, state.best_step))
             rotate(job.directory, keep=recipe.keep_checkpoints, best_step=state.best_step)
+            job.on_saved()
 
         on_first_process(accelerator, write)
         saved = (state.step, state.evaluated_step)
+        stop.saved = True
+        save_seconds = max(save_seconds, time.monotonic() - save_started)
 
     def evaluate() -> None:
         """Score the validation documents, note whether this is the best model so far, and save."""
@@ -229,10 +232,9 @@ def train_class(
             nonlocal done
             done += num_documents
             progress.update(f"{name} validation", done, total, "")
-            stopped = stop.reason(device)
-            if stopped is not None:
+            if stop.requested(device):
                 save()  # not evaluated yet: a later start begins with this evaluation
-                raise stopped
+                raise stop.error()
 
         scores = score_documents(
             plain_model,
@@ -241,12 +243,19 @@ def train_class(
             accelerator=accelerator,
             on_batch=on_batch,
         )
+        finite = np.isfinite(scores[own_validation])
         nats = -scores[own_validation].sum()
         bits = float(nats / math.log(2))
         bits_per_token = bits / int((job.validation.lengths[own_validation] - 1).sum())
         bits_per_byte = bits / max(1, int(job.validation.num_bytes[own_validation].sum()))
         if not math.isfinite(bits):
-            raise diverged("validation loss", bits)
+            bad = [int(x) for x in job.validation.rows[own_validation][~finite]]
+            raise UserError(
+                f"{name}: the model gives {len(bad)} validation documents no finite likelihood "
+                f"after step {state.step} (the first is row {bad[0]} of the training split), and "
+                "nothing was saved from that; start again with a smaller --learning-rate to go on "
+                "from the last whole checkpoint."
+            )
         accuracy = job.joint_accuracy(state.step, scores)
         state.evaluated_step = state.step
         best = bits_per_token < state.best_bits_per_token
@@ -279,7 +288,33 @@ def train_class(
         at_interval = state.batch == 0 if every is None else state.step % every == 0
         return state.step == schedule.total_steps or (state.step > 0 and at_interval)
 
-    model.train()
+    def skip_step(micro_batches: Sequence[MicroBatchLoss], grad_norm: float) -> None:
+        """The gradients are not finite, on all ranks alike: see `nonfinite` for the rule."""
+        state.skipped_steps += 1
+        losses = describe_losses(micro_batches, accelerator)
+        scaler = accelerator.scaler
+        if scaler is not None:
+            optimizer.step()  # the scaler keeps it from the weights, and halves its scale
+        if left_to_the_scaler(losses, scaler):
+            check_loss_scale(scaler, name=name, step=state.step, skipped=state.skipped_steps)
+            return
+        state.bad_steps_in_a_row += 1
+        where = {**_where(job.identity, state, schedule), "event": "skip"}
+        rows = job.documents.rows
+        on_first_process(
+            accelerator,
+            lambda: write_nonfinite_step(
+                job.directory, where=where, losses=losses, grad_norm=grad_norm, rows=rows
+            ),
+        )
+        if state.bad_steps_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise diverged(name, job.directory, state.step)
+        log(where)
+        progress.say(
+            f"{name}: step {state.step} is skipped, its loss or gradients are not finite; its "
+            f"documents are in {job.directory / NONFINITE_FILE}"
+        )
+
     progress.start(name, schedule.total_steps, state.step)
     while True:
         if evaluation_due():
@@ -287,12 +322,12 @@ def train_class(
             line_started, line_tokens = time.monotonic(), 0
         if state.step == schedule.total_steps:
             break
-        stopped = stop.reason(device)
-        if stopped is not None:
+        if stop.requested(device):
             if state.step > 0:
                 save()
-            raise stopped
+            raise stop.error()
 
+        step_started = time.monotonic()
         # One optimizer step: one global batch, in as many micro batches as the memory asks for.
         batch = schedule.epoch(state.epoch)[state.batch]
         batch_tokens = int((lengths[batch] - 1).sum())
@@ -302,6 +337,7 @@ def train_class(
         learning_rate = learning_rate_at(state.step, schedule.total_steps, recipe)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
+        micro_batch_losses = []
         for number, per_rank in enumerate(micro_batches, start=1):
             documents = [job.documents.document(int(index)) for index in per_rank[rank]]
             tensors = to_device(collate(documents), device)
@@ -310,23 +346,30 @@ def train_class(
                 loss = model(*tensors)
                 # DDP averages over ranks, so the sum over ranks is world_size times that.
                 accelerator.backward(loss * (world_size / batch_tokens))
-            running_loss += loss.detach()
-        grad_norm = accelerator.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf)
-        if state.step == 0 and float(grad_norm) == 0.0:
+            micro_batch_losses.append(MicroBatchLoss(documents=per_rank[rank], loss=loss.detach()))
+        grad_norm = float(  # waits for the device
+            accelerator.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf)
+        )
+        if state.step == 0 and grad_norm == 0.0:
             raise UserError(
                 f"{name}: every gradient of the first step is zero, so nothing would be learnt; "
                 "check the fine-tuning options (lora_target_modules, gradient_checkpointing)."
             )
-        optimizer.step()
+        if math.isfinite(grad_norm):
+            optimizer.step()
+            for item in micro_batch_losses:
+                running_loss += item.loss
+            running_tokens += batch_tokens
+            state.tokens += batch_tokens
+            state.bad_steps_in_a_row = 0
+        else:
+            skip_step(micro_batch_losses, grad_norm)
         optimizer.zero_grad()
-        stop.saving = True
 
         state.step += 1
         state.batch += 1
         if state.batch == len(schedule.epoch(state.epoch)):
             state.epoch, state.batch = state.epoch + 1, 0
-        state.tokens += batch_tokens
-        running_tokens += batch_tokens
         line_tokens += batch_tokens
 
         if state.step % recipe.log_every_steps == 0 or state.step == schedule.total_steps:
@@ -334,7 +377,7 @@ def train_class(
             now = time.monotonic()
             tokens_per_second = line_tokens / max(1e-9, now - line_started)
             line_started, line_tokens = now, 0
-            mean_loss = state.loss_sum / state.loss_tokens
+            mean_loss = state.loss_sum / state.loss_tokens if state.loss_tokens else math.nan
             state.loss_sum, state.loss_tokens = 0.0, 0
             mfu = None
             if peak_flops is not None and flops is not None:
@@ -345,7 +388,8 @@ def train_class(
                     **_where(job.identity, state, schedule),
                     "loss": mean_loss,
                     "learning_rate": learning_rate,
-                    "grad_norm": float(grad_norm),
+                    "grad_norm": grad_norm,
+                    "skipped_steps": state.skipped_steps,
                     "tokens": state.tokens,
                     "tokens_per_second": tokens_per_second,
                     "mfu": mfu,
@@ -355,7 +399,7 @@ def train_class(
             )
             steps_left = schedule.total_steps - state.step + job.later_steps
             price = recipe.price_usd_per_hour
-            run_hours = (job.earlier_seconds + state.seconds) / 3600
+            run_hours = (job.spent_seconds + stop.seconds) / 3600
             facts = describe_step(
                 loss=mean_loss,
                 tokens_per_second=tokens_per_second,
@@ -365,24 +409,12 @@ def train_class(
                 cost_usd=None if price is None else price * run_hours,
             )
             progress.update(name, state.step, schedule.total_steps, facts)
+        step_seconds = max(step_seconds, time.monotonic() - step_started)
         every = recipe.checkpoint_every_steps
         if every is not None and state.step % every == 0 and not evaluation_due():
             save()
+        stop.reserve(step_seconds + save_seconds)
     return state
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: allocated by torch on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _where(identity: Identity, state: TrainState, schedule: BatchSchedule) -> dict[str, object]:
@@ -395,32 +427,10 @@ def _where(identity: Identity, state: TrainState, schedule: BatchSchedule) -> di
     }
 
 
-def _flops_per_token(
-    model: LanguageModel, lengths: NDArray[Any], recipe: TrainRecipe
-) -> float | None:
-    """What MFU is measured against; None where the architecture's arithmetic is not known."""
-    config = model.transformers_model.config
-    sizes = [getattr(config, key, None) for key in ("n_layer", "n_embd", "vocab_size")]
-    if config.model_type != "gpt2" or None in sizes:
-        return None
-    n_layer, n_embd, vocab_size = (int(size) for size in sizes if size is not None)
-
-    def full(context_tokens: float) -> float:
-        return train_flops_per_token(
-            n_layer=n_layer, n_embd=n_embd, vocab_size=vocab_size, context_tokens=context_tokens
-        )
-
-    # The mean over tokens: a long document has more tokens, and each of them the long context.
-    tokens = np.asarray(lengths, dtype=np.float64) - 1
-    flops = full(float((tokens**2).sum() / tokens.sum()))
-    # A frozen base has no weight gradients: 4 operations per weight in place of 6.
-    return flops - full(0) / 3 if recipe.finetuning == "lora" else flops
-
-
-def _peak_flops(gpu: GpuSpec | None, mixed_precision: str) -> float | None:
-    if gpu is None:
-        return None
-    return gpu.peak_flops.get({"no": "fp32"}.get(mixed_precision, mixed_precision))
+def _optimizer_bytes(parameters: Sequence[torch.Tensor], recipe: TrainRecipe) -> int:
+    """What the optimizer's first step adds on the device."""
+    per_parameter = OPTIMIZERS[recipe.optimizer].state_bytes_per_parameter
+    return int(per_parameter * sum(parameter.numel() for parameter in parameters))
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -459,13 +469,3 @@ def _load_optimizer(accelerator: Any, optimizer: Any, saved: dict[str, Any]) -> 
     scaler = getattr(accelerator, "scaler", None)
     if scaler is not None and saved["scaler"] is not None:
         scaler.load_state_dict(saved["scaler"])
-
-
-def append_json_line(path: Path, row: dict[str, object]) -> None:
-    """Add one line to a log; a NaN becomes null, since JSON has none."""
-    clean = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(clean, ensure_ascii=False) + "\n")

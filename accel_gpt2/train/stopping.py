@@ -1,15 +1,17 @@
-"""Stopping on purpose: signals and time limits, noticed between steps, agreed on by all ranks."""
+"""Stopping on purpose: signals, time and money, noticed between steps, agreed on by all ranks."""
 
 import os
 import signal
-import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 
 from accel_gpt2.errors import ExitCode, StoppedEarly
+from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.units import format_seconds
 
 # SIGUSR1 is what schedulers send ahead of time; Windows has none.
@@ -17,20 +19,68 @@ _SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
 )
 
+# torchrun passes on the Ctrl-C that the terminal has sent to everybody; a person needs longer to
+# press it again.
+_SECOND_INTERRUPT_SECONDS = 1.0
+
+_BY_SIGNAL = 1000  # above the number of any limit, so that a signal wins when ranks compare
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """How long this start may take, and the sentence for when it has."""
+
+    seconds: float
+    reached: str
+
+
+def limits_of(recipe: TrainRecipe, spent_seconds: float) -> list[Limit]:
+    """The recipe's time limit, which is for one start, and its budget, which is for all of them.
+
+    Args:
+        spent_seconds: what earlier starts of the run took.
+
+    >>> recipe = TrainRecipe(budget_usd=3.0, price_usd_per_hour=2.0)
+    >>> [(limit.seconds, limit.reached) for limit in limits_of(recipe, 1800)]
+    [(3600.0, 'The budget of $3.00 is reached')]
+    """
+    limits = []
+    if recipe.max_time_seconds is not None:
+        time_limit = format_seconds(recipe.max_time_seconds)
+        limits.append(
+            Limit(
+                seconds=recipe.max_time_seconds,
+                reached=f"The time limit of {time_limit} is reached",
+            )
+        )
+    if recipe.budget_usd is not None and recipe.price_usd_per_hour:
+        hours = recipe.budget_usd / recipe.price_usd_per_hour
+        limits.append(
+            Limit(
+                seconds=hours * 3600 - spent_seconds,
+                reached=f"The budget of ${recipe.budget_usd:.2f} is reached",
+            )
+        )
+    return limits
+
 
 class StopRequest:
-    """Turns signals and a deadline into a question that the loop asks when it can afford to stop.
+    """Turns signals and limits into a question that the loop asks when it can afford to stop.
 
     A first signal is remembered; the loop finishes its step, saves and leaves. A second Ctrl-C
-    leaves at once: what was saved before is whole. While nothing is worth saving yet
-    (`saving = False`), a signal ends the work where it is.
+    leaves at once: what was saved before is whole. While the data are prepared (`preparing`) there
+    is nothing to finish, and a signal ends the work where it is.
     """
 
-    def __init__(self, max_time_seconds: float | None = None) -> None:
-        self.saving = False
-        self._deadline = None if max_time_seconds is None else time.monotonic() + max_time_seconds
-        self._max_time_seconds = max_time_seconds
+    def __init__(self, limits: Sequence[Limit] = (), *, saved: bool = False) -> None:
+        self.preparing = True
+        self.saved = saved  # whether there is work on the disk to go on from
+        self._limits = tuple(limits)
+        self._started = time.monotonic()
+        self._reserve_seconds = 0.0
         self._signal: int | None = None
+        self._signal_time = 0.0
+        self._cause = 0  # what `requested` agreed on: 0, a limit's number from 1, or _BY_SIGNAL
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -47,38 +97,59 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.saving:
-            raise StoppedEarly(
-                f"Stopped by {signal.Signals(number).name} before anything was worth saving.",
-                ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.STOPPED,
-            )
-        if number == signal.SIGINT and self._signal == signal.SIGINT:
-            sys.stderr.write("\nLeaving at once; the last whole checkpoint stands.\n")
-            sys.stderr.flush()
-            os._exit(ExitCode.INTERRUPTED)
-        self._signal = number
+    @property
+    def seconds(self) -> float:
+        """Since this start began."""
+        return time.monotonic() - self._started
 
-    def reason(self, device: torch.device) -> StoppedEarly | None:
-        """Why to stop now, or None; every rank gets the same answer.
+    def reserve(self, seconds: float) -> None:
+        """Keep this much of every limit for what comes between the question and the end."""
+        self._reserve_seconds = max(self._reserve_seconds, seconds)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and self._signal == signal.SIGINT:
+            if now - self._signal_time >= _SECOND_INTERRUPT_SECONDS:
+                _write("\nLeaving at once; the last whole checkpoint stands.\n")
+                os._exit(ExitCode.INTERRUPTED)
+            return
+        self._signal, self._signal_time, self._cause = number, now, _BY_SIGNAL
+        if self.preparing:
+            raise self.error()
+        if number == signal.SIGINT:
+            _write("\nFinishing the step and saving; Ctrl-C again leaves at once.\n")
+
+    def requested(self, device: torch.device) -> bool:
+        """Whether to stop now; every rank gets the same answer.
 
         Costs one small collective when there are several processes.
         """
-        late = self._deadline is not None and time.monotonic() >= self._deadline
-        code = 2 if self._signal is not None else 1 if late else 0
+        now = self.seconds + self._reserve_seconds
+        reached = [i for i, limit in enumerate(self._limits, start=1) if now >= limit.seconds]
+        cause = _BY_SIGNAL if self._signal is not None else max(reached, default=0)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            shared = torch.tensor(code, device=device)
+            shared = torch.tensor(cause, device=device)
             torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
-            code = int(shared)
-        if code == 2:
+            cause = int(shared)
+        self._cause = cause
+        return cause != 0
+
+    def error(self) -> StoppedEarly:
+        """Why the work ends, and its exit code; asked for after saving."""
+        standing = (
+            "the work is saved. Start again to go on."
+            if self.saved
+            else "nothing was worth saving yet."
+        )
+        if self._cause == _BY_SIGNAL:
             name = signal.Signals(self._signal).name if self._signal else "a signal to another rank"
-            return StoppedEarly(
-                f"Stopped by {name}; the work is saved. Start again to go on.", ExitCode.STOPPED
-            )
-        if code == 1:
-            limit = format_seconds(self._max_time_seconds or 0)
-            return StoppedEarly(
-                f"The time limit of {limit} is reached; the work is saved. Start again to go on.",
-                ExitCode.LIMIT_REACHED,
-            )
-        return None
+            code = ExitCode.STOPPED if self.saved else ExitCode.INTERRUPTED
+            return StoppedEarly(f"Stopped by {name}; {standing}", code)
+        reached = self._limits[self._cause - 1].reached
+        return StoppedEarly(f"{reached}; {standing}", ExitCode.LIMIT_REACHED)
+
+
+def _write(text: str) -> None:
+    # Not through sys.stderr: the handler may have interrupted a write to it.
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, text.encode())

@@ -35,17 +35,17 @@ from .conftest import read_log, resolve_tiny
 
 def _stop_at_question(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """A real SIGTERM when the training asks for the `number`-th time whether to stop."""
-    ask = StopRequest.reason
+    ask = StopRequest.requested
     asked = 0
 
-    def counting(self: StopRequest, device: torch.device) -> StoppedEarly | None:
+    def counting(self: StopRequest, device: torch.device) -> bool:
         nonlocal asked
         asked += 1
         if asked == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return ask(self, device)
 
-    monkeypatch.setattr(StopRequest, "reason", counting)
+    monkeypatch.setattr(StopRequest, "requested", counting)
 
 
 def _stopped(resolved: Any, run: Path, number: int) -> None:

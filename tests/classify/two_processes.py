@@ -71,19 +71,19 @@ def fewer_documents_than_processes(resolved: ResolvedRecipe, run: Path) -> np.nd
 @contextmanager
 def signal_at_question(number: int, *, rank: int) -> Iterator[None]:
     """SIGTERM reaches one process only, when it asks for the `number`-th time whether to stop."""
-    ask = StopRequest.reason
+    ask = StopRequest.requested
     asked = 0
 
-    def counting(self: StopRequest, device: object) -> StoppedEarly | None:
+    def counting(self: StopRequest, device: object) -> bool:
         nonlocal asked
         asked += 1
         if rank == RANK and asked == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return ask(self, device)  # type: ignore[arg-type]
 
-    StopRequest.reason = counting  # type: ignore[method-assign,assignment]
+    StopRequest.requested = counting  # type: ignore[method-assign,assignment]
     yield
-    StopRequest.reason = ask  # type: ignore[method-assign]
+    StopRequest.requested = ask  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -5,9 +5,9 @@ import pytest
 
 from accel_gpt2.plan.flops import train_flops_per_token
 from accel_gpt2.recipe import TrainRecipe
-from accel_gpt2.train import loop
-from accel_gpt2.train.loop import BatchSchedule
 from accel_gpt2.train.model import build_model
+from accel_gpt2.train.schedule import BatchSchedule
+from accel_gpt2.train.throughput import flops_per_token
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,8 @@ def test_mfu_counts_what_is_computed() -> None:
     config = model.transformers_model.config
     sizes = {"n_layer": config.n_layer, "n_embd": config.n_embd, "vocab_size": 300}
     lengths = np.array([11, 31])
-    full = loop._flops_per_token(model, lengths, recipe)
+    full = flops_per_token(model, lengths, recipe)
     assert full == pytest.approx(train_flops_per_token(**sizes, context_tokens=1000 / 40))
-    lora = loop._flops_per_token(model, lengths, TrainRecipe(finetuning="lora"))
+    lora = flops_per_token(model, lengths, TrainRecipe(finetuning="lora"))
     weights = 12 * config.n_layer * config.n_embd**2 + 300 * config.n_embd
     assert full - lora == pytest.approx(2 * weights)

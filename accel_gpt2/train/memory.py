@@ -1,0 +1,112 @@
+"""The largest micro batch that this machine can train on, found out before the first step."""
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from accel_gpt2.data.batching import Documents, collate
+from accel_gpt2.errors import DoesNotFitError
+from accel_gpt2.train.model import LanguageModel
+from accel_gpt2.train.scoring import to_device
+
+
+def fitting_micro_batch_tokens(
+    model: LanguageModel,
+    documents: Documents,
+    *,
+    micro_batch_tokens: int,
+    reserved_bytes: int,
+    accelerator: Any,
+    on_halved: Callable[[int], None],
+) -> int:
+    """`micro_batch_tokens`, halved until one forward and backward pass fits on every rank.
+
+    The pass is over as many of the longest documents as a micro batch can hold, which is as large
+    as any that the training will see. It changes nothing: random state and gradients are as before.
+    Half a micro batch means twice the accumulation, so the global batch and the result stay.
+
+    Args:
+        model: unwrapped; a wrapper would exchange gradients, and a rank that runs out of memory
+            would leave the others waiting for its own.
+        reserved_bytes: what the training will hold besides, such as an optimizer's state that its
+            first step creates. Ignored on a CPU, where untouched memory costs nothing.
+        on_halved: called on all ranks with each smaller number.
+
+    Raises:
+        DoesNotFitError: when a micro batch of a single document does not fit.
+    """
+    longest_first = np.argsort(-np.asarray(documents.lengths), kind="stable")
+    longest = int(documents.lengths[longest_first[0]]) - 1
+    while True:
+        num_documents = max(1, micro_batch_tokens // longest)
+        batch = [documents.document(int(i)) for i in longest_first[:num_documents]]
+        if _fits_on_all(model, batch, reserved_bytes, accelerator):
+            return micro_batch_tokens
+        if num_documents == 1:
+            raise DoesNotFitError(
+                f"Out of memory with a micro batch of one document of {longest + 1} tokens; give "
+                "--gradient-checkpointing, a smaller --max-length, --finetuning lora, --optimizer "
+                "adamw_8bit, a smaller model or a larger machine."
+            )
+        # What comes next must be smaller: a micro batch holds whole documents.
+        micro_batch_tokens = min(micro_batch_tokens, num_documents * longest) // 2
+        on_halved(micro_batch_tokens)
+
+
+def _fits_on_all(
+    model: LanguageModel, batch: list[Any], reserved_bytes: int, accelerator: Any
+) -> bool:
+    device: torch.device = accelerator.device
+    failed = torch.tensor(not _fits(model, batch, reserved_bytes, accelerator), device=device)
+    if accelerator.num_processes > 1:
+        failed = failed.to(torch.int32)
+        torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
+    return not bool(failed)
+
+
+def _fits(model: LanguageModel, batch: list[Any], reserved_bytes: int, accelerator: Any) -> bool:
+    from accelerate.utils.memory import clear_device_cache
+
+    device: torch.device = accelerator.device
+    cuda_devices = [device] if device.type == "cuda" else []
+    failed = False
+    with torch.random.fork_rng(cuda_devices):
+        try:
+            _forward_and_backward(model, batch, reserved_bytes, accelerator)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = True
+    model.zero_grad(set_to_none=True)
+    if failed:
+        # Here and not in the handler: the exception holds the frames, and they the tensors.
+        gc.collect()
+        clear_device_cache()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+    return not failed
+
+
+def _forward_and_backward(
+    model: LanguageModel, batch: list[Any], reserved_bytes: int, accelerator: Any
+) -> None:
+    device: torch.device = accelerator.device
+    reserved = torch.empty(reserved_bytes, dtype=torch.uint8, device=device)
+    with accelerator.autocast():
+        loss = model(*to_device(collate(batch), device))
+    loss.backward()
+    del reserved  # held until here
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a failure is for want of memory, on a GPU or in main memory."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or (isinstance(error, Exception) and should_reduce_batch_size(error))
+        or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+    )
