@@ -4,64 +4,96 @@ A checkpoint is written to a staging folder on the same file system, every file 
 `manifest.json` with sizes and sha256 last, and only then renamed to `checkpoint-<step>`. Nothing
 older is removed before that. Whatever a crash leaves is either a staging folder, which is never
 read, or a whole checkpoint. Nothing is unpickled on reading: tensors are safetensors, the rest is
-JSON, and the optimizer's state goes through torch's weights-only reader.
+JSON, and the optimizer's state goes through torch's weights-only reader. Only files that the
+manifest lists are read.
 """
 
+import collections
 import contextlib
 import dataclasses
-import hashlib
-import json
+import errno
+import io
+import itertools
 import os
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+import pydantic_core
 import torch
+from annotated_types import Ge
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from accel_gpt2.durable import (
+    STAGING_PREFIX,
+    flush_directory,
+    json_text,
+    make_directory,
+    remove,
+    write_bytes,
+    writing,
+)
+from accel_gpt2.durable import write_json as write_json
 from accel_gpt2.errors import UserError
+from accel_gpt2.train.manifest import MANIFEST as MANIFEST
+from accel_gpt2.train.manifest import (
+    finish_replacing,
+    first_problem,
+    listed_file,
+    read_json,
+    read_manifest,
+    staged_directory,
+)
+from accel_gpt2.train.manifest import is_whole as is_whole
+from accel_gpt2.train.manifest import publish_directory as publish_directory
+from accel_gpt2.train.manifest import verify as verify
 from accel_gpt2.units import format_bytes
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-_STAGING_PREFIX = ".staging-"
-_REPLACED_PREFIX = f"{_STAGING_PREFIX}replaced-"
-_NAME = re.compile(r"checkpoint-(\d+)")
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.pt"
+STATE_FILE = "state.json"
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+
+Count = Annotated[int, Ge(0)]
 
 
 @dataclass(slots=True, kw_only=True)
 class TrainState:
     """Where the training of one class stands: the one mutable type of the loop."""
 
-    step: int = 0  # optimizer steps done
-    total_steps: int = 0  # of the whole training, so that a resumed run need not count them
-    epoch: int = 0
-    batch: int = 0  # global batches of this epoch that are done
-    tokens: int = 0  # document tokens trained on, padding not counted
+    __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True, "extra": "forbid"}
+
+    step: Count = 0  # optimizer steps done
+    total_steps: Count = 0  # of the whole training, so that a resumed run need not count them
+    epoch: Count = 0
+    batch: Count = 0  # global batches of this epoch that are done
+    tokens: Count = 0  # document tokens trained on, padding not counted
     seconds: float = 0.0  # spent training this class, over all starts
     evaluated_step: int = -1  # the last step that was evaluated
     best_step: int = -1
     best_bits_per_token: float = float("inf")
-    peak_memory_bytes: int = 0
+    peak_memory_bytes: Count = 0
     loss_sum: float = 0.0  # since the last log line, so that a resumed run logs the same numbers
-    loss_tokens: int = 0
-    skipped_steps: int = 0  # that changed nothing: see `nonfinite`
-    bad_steps_in_a_row: int = 0
+    loss_tokens: Count = 0
+    skipped_steps: Count = 0  # that changed nothing: see `nonfinite`
+    bad_steps_in_a_row: Count = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
     """What a checkpoint belongs to; a run goes on only from a checkpoint of the same identity."""
 
-    class_index: int
+    __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True, "extra": "forbid"}
+
+    class_index: Count
     class_name: str
     data_fingerprint: str
     tokenizer_fingerprint: str
@@ -77,6 +109,18 @@ class Checkpoint:
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
     random_states: list[dict[str, Tensor]]  # by rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StateFile:
+    __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True, "extra": "forbid"}
+
+    state: TrainState
+    identity: Identity
+
+
+_STATE_READER = TypeAdapter(_StateFile)
+_IDENTITY_READER = TypeAdapter(Identity)
 
 
 def checkpoint_path(class_directory: Path, step: int) -> Path:
@@ -99,113 +143,233 @@ def save_checkpoint(
         UserError: when the disk has not enough room; nothing was touched then.
     """
     target = checkpoint_path(class_directory, state.step)
-    tensor_bytes = sum(tensor.nbytes for tensor in weights.values()) + _tensor_bytes(optimizer)
-    _check_free_space(class_directory, tensor_bytes)
-    with _staged(target) as staging:
+    state_json = json_text(
+        {"state": dataclasses.asdict(state), "identity": dataclasses.asdict(identity)}
+    )
+    with writing(target):
+        make_directory(class_directory)
+        _remove_leftovers(class_directory)  # they may be as large as what comes
+    _check_free_space(
+        class_directory,
+        checkpoint_bytes(weights, optimizer, random_states) + len(state_json.encode()),
+    )
+    with staged_directory(target) as staging:
         save_file(
-            {name: tensor.contiguous() for name, tensor in weights.items()},
-            staging / "model.safetensors",
+            {name: tensor.contiguous() for name, tensor in weights.items()}, staging / MODEL_FILE
         )
-        try:
-            torch.save(dict(optimizer), staging / "optimizer.pt")
-        except RuntimeError as error:  # what torch makes of a failed write
-            raise OSError(f"optimizer.pt is cut short, as on a full disk ({error})") from error
+        with (staging / OPTIMIZER_FILE).open("wb") as file:
+            torch.save(dict(optimizer), file)
         for rank, random_state in enumerate(random_states):
-            save_file(random_state, staging / f"random-{rank}.safetensors")
-        write_json(
-            staging / "state.json",
-            {"state": dataclasses.asdict(state), "identity": dataclasses.asdict(identity)},
-        )
+            save_file(random_state, staging / _random_file(rank))
+        (staging / STATE_FILE).write_text(state_json, encoding="utf-8")
     return target
 
 
-def read_checkpoint(directory: Path) -> Checkpoint:
-    """Read a checkpoint that `verify` has passed."""
-    state, identity = read_state(directory)
-    ranks = sorted(
-        directory.glob("random-*.safetensors"), key=lambda path: int(path.stem.split("-")[1])
+def checkpoint_bytes(
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Any],
+    random_states: list[dict[str, Tensor]],
+) -> int:
+    """What a checkpoint takes on the disk beside its state.json, or a little more.
+
+    Tensors are counted exactly; for names, shapes and paddings stands what they take at most.
+    """
+    files = [weights, *random_states]
+    safetensors = sum(
+        tensor.nbytes + len(name) + _HEADER_BYTES for file in files for name, tensor in file.items()
     )
+    storages = {
+        (storage.device, storage.data_ptr()): storage.nbytes()
+        for _, tensor in _named_tensors(optimizer)
+        for storage in [tensor.untyped_storage()]
+    }
+    pickled = sum(storages.values()) + len(storages) * _PICKLED_STORAGE_BYTES
+    # Each file, the folder and the manifest's end take up to a block more than they hold.
+    return safetensors + pickled + (len(files) + 4) * _BLOCK_BYTES
+
+
+_BLOCK_BYTES = 4096
+_HEADER_BYTES = 96  # of a tensor in safetensors' header, beside its name
+_PICKLED_STORAGE_BYTES = 400  # beside a tensor in a file of torch: zip entries, padding, pickle
+
+
+def read_checkpoint(directory: Path) -> Checkpoint:
+    """Read a checkpoint that `verify` has passed.
+
+    Raises:
+        UserError: when a file does not hold what belongs into it.
+    """
+    state, identity = read_state(directory)
+    weights = read_weights(directory)
+    shapes = [tuple(tensor.shape) for tensor in weights.values()]
     return Checkpoint(
         state=state,
         identity=identity,
-        weights=read_weights(directory),
-        optimizer=torch.load(directory / "optimizer.pt", weights_only=True, map_location="cpu"),
-        random_states=[load_file(path) for path in ranks],
+        weights=weights,
+        optimizer=_read_optimizer(directory, shapes),
+        random_states=_read_random_states(directory),
     )
 
 
+def inspect_checkpoint(directory: Path) -> tuple[TrainState, Identity]:
+    """`read_checkpoint` without holding its tensors, for one that `verify` has passed.
+
+    Raises:
+        UserError: when a file does not hold what belongs into it.
+    """
+    state, identity = read_state(directory)
+    path = listed_file(directory, MODEL_FILE)
+    with _reading(path), safe_open(path, framework="pt") as file:
+        shapes = [tuple(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+    # Mapped into memory, not read.
+    _read_optimizer(directory, shapes, mmap=True)
+    _read_random_states(directory)
+    return state, identity
+
+
 def read_state(directory: Path) -> tuple[TrainState, Identity]:
-    """Where a checkpoint stands and what it belongs to."""
-    content = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-    return TrainState(**content["state"]), Identity(**content["identity"])
+    """Where a checkpoint stands and what it belongs to.
+
+    Raises:
+        UserError: when its state.json does not hold exactly that.
+    """
+    path = listed_file(directory, STATE_FILE)
+    content = read_json(_STATE_READER, path)
+    match = _NAME.fullmatch(directory.name)
+    if match is not None and int(match[1]) != content.state.step:
+        raise UserError(
+            f"{directory} holds step {content.state.step}: it was renamed or copied. Give it its "
+            "own name back, or remove it."
+        )
+    return content.state, content.identity
+
+
+def read_identity(content: object, path: Path) -> Identity:
+    """An Identity from JSON that was read from `path`.
+
+    Raises:
+        UserError: when it is none.
+    """
+    try:
+        return _IDENTITY_READER.validate_json(pydantic_core.to_json(content))
+    except ValidationError as error:
+        raise UserError(f"{path} cannot be read: {first_problem(error)}.") from None
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """The trained parameters of a checkpoint, by name."""
-    return load_file(directory / "model.safetensors")
-
-
-def verify(directory: Path) -> None:
-    """Check every file of a checkpoint or `final/` against its manifest.
+    """The trained parameters of a checkpoint, by name.
 
     Raises:
-        UserError: naming what is wrong.
+        UserError: when the file is not of safetensors.
     """
-    path = directory / MANIFEST
+    path = listed_file(directory, MODEL_FILE)
+    with _reading(path):
+        return load_file(path)
+
+
+def _read_random_states(directory: Path) -> list[dict[str, Tensor]]:
+    """By rank, as many as the manifest lists without a gap."""
+    names = read_manifest(directory).files
+    states = []
+    size = torch.get_rng_state().shape
+    for rank in itertools.count():
+        if _random_file(rank) not in names:
+            break
+        path = directory / _random_file(rank)
+        with _reading(path):
+            state = load_file(path)
+        own = state.get("cpu")
+        if own is None or own.dtype != torch.uint8 or own.shape != size:
+            raise UserError(f"{path} does not hold the state of torch's random numbers.")
+        states.append(state)
+    if not states:
+        raise UserError(f"{directory} is not a checkpoint: it has no {_random_file(0)}.")
+    return states
+
+
+def _random_file(rank: int) -> str:
+    return f"random-{rank}.safetensors"
+
+
+def _read_optimizer(
+    directory: Path, shapes: list[tuple[int, ...]], *, mmap: bool = False
+) -> dict[str, Any]:
+    """The optimizer's state, checked to be one of parameters of these shapes."""
+    path = listed_file(directory, OPTIMIZER_FILE)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-        files = {
-            str(name): (int(entry["bytes"]), str(entry["sha256"]))
-            for name, entry in manifest["files"].items()
-        }
-    except FileNotFoundError:
-        raise UserError(f"{directory} is not whole: it has no {MANIFEST}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {type(error).__name__} {error}.") from None
-    if version != FORMAT_VERSION:
+        content = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+    except Exception as error:  # of a dozen kinds, none of them documented
         raise UserError(
-            f"{directory} has format {version}; this version of accel-gpt2 reads {FORMAT_VERSION}."
+            f"{path} cannot be read as tensors and plain values ({type(error).__name__}), and "
+            "nothing else is taken from a checkpoint."
+        ) from error
+    if not _is_optimizer_state(content, shapes):
+        raise UserError(
+            f"{path} is not the state of an optimizer of the {len(shapes)} tensors in {MODEL_FILE}."
         )
-    for name, (num_bytes, sha256) in files.items():
-        file = directory / name
-        if directory.resolve() not in file.resolve().parents or not file.is_file():
-            raise UserError(f"{directory} is damaged: {name} is missing.")
-        if file.stat().st_size != num_bytes:
-            raise UserError(
-                f"{directory} is damaged: {name} has {file.stat().st_size} bytes, "
-                f"{num_bytes} were written."
-            )
-        try:
-            found = _sha256(file)
-        except OSError as error:
-            raise UserError(f"{directory} is damaged: {name} cannot be read: {error}.") from None
-        if found != sha256:
-            raise UserError(f"{directory} is damaged: the content of {name} has changed.")
+    return dict(content)
 
 
-def is_whole(directory: Path) -> bool:
-    """Whether `verify` passes."""
+def _is_optimizer_state(content: object, shapes: list[tuple[int, ...]]) -> bool:
     try:
-        verify(directory)
-    except UserError:
+        state, groups = content["optimizer"]["state"], content["optimizer"]["param_groups"]  # type: ignore[index]
+        scaler = content["scaler"]  # type: ignore[index]
+        indices = sorted(index for group in groups for index in group["params"])
+        known = indices == list(range(len(shapes))) and set(state) <= set(indices)
+        # Two moments per parameter, of its shape; factored ones have shapes of their own.
+        moments = collections.defaultdict(list)
+        for name, tensor in _named_tensors(state):
+            if name in {"exp_avg", "exp_avg_sq", "state1", "state2"}:
+                moments[name].append(tuple(tensor.shape))
+    except (KeyError, TypeError, IndexError):
         return False
-    return True
+    own = collections.Counter(shapes)
+    fits = all(not collections.Counter(of_one) - own for of_one in moments.values())
+    return known and fits and isinstance(scaler, dict | None)
+
+
+def _named_tensors(tree: object) -> Iterator[tuple[object, Tensor]]:
+    """Every tensor in nested mappings, with the key that it has in the innermost."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            if isinstance(value, Tensor):
+                yield key, value
+            else:
+                yield from _named_tensors(value)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
 
 
 def list_checkpoints(class_directory: Path) -> list[Path]:
-    """Every `checkpoint-<step>`, newest step first; staging folders are not among them."""
+    """Every `checkpoint-<step>`, newest step first; staging folders are not among them.
+
+    Raises:
+        UserError: when the folder cannot be read; that is not the same as having no checkpoints.
+    """
+    try:
+        names = os.listdir(class_directory)  # a glob would hide that the folder cannot be read
+    except FileNotFoundError:
+        names = []
+    except OSError as error:
+        raise UserError(f"{class_directory} cannot be read: {error.strerror or error}.") from None
     found = {
-        int(match[1]): path
-        for path in class_directory.glob("checkpoint-*")
-        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
+        int(match[1]): class_directory / name
+        for name in names
+        if (match := _NAME.fullmatch(name)) and (class_directory / name).is_dir()
     }
     return [found[step] for step in sorted(found, reverse=True)]
 
 
 def newest_checkpoint(class_directory: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and what is wrong with any newer one."""
-    _finish_replacing(class_directory)
+    with writing(class_directory):
+        finish_replacing(class_directory)
     problems: list[str] = []
     for directory in list_checkpoints(class_directory):
         try:
@@ -222,53 +386,62 @@ def set_aside_newer(class_directory: Path, step: int) -> None:
     They are damaged, or the user went back to before them. Rotation would take them for the newest
     and remove what is written from here on; a later start would go on from them.
     """
+    link = class_directory / "best"
     for directory in list_checkpoints(class_directory):
         if int(directory.name.split("-")[1]) > step:
-            superseded = directory.with_name(f"superseded-{directory.name}")
-            shutil.rmtree(superseded, ignore_errors=True)
-            directory.replace(superseded)
+            with writing(directory):
+                if link.is_symlink() and link.readlink() == Path(directory.name):
+                    link.unlink()
+                directory.replace(_free_name(f"superseded-{directory.name}", class_directory))
+                flush_directory(class_directory)
+
+
+def _free_name(name: str, folder: Path) -> Path:
+    numbered = (folder / (name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
+    return next(path for path in numbered if not os.path.lexists(path))
 
 
 def point_best_at(checkpoint: Path) -> None:
-    """Make `best` beside a checkpoint a link to it, replaced in one step."""
+    """Make `best` beside a checkpoint a link to it, replaced in one step.
+
+    A person's convenience, which a file system without links goes without: what counts is the best
+    step in state.json.
+    """
     link = checkpoint.parent / "best"
-    fresh = checkpoint.parent / f"{_STAGING_PREFIX}best"
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(checkpoint.name)
-    fresh.replace(link)
-    _flush_directory(checkpoint.parent)
+    fresh = checkpoint.parent / f"{STAGING_PREFIX}best"
+    with writing(link):
+        remove(fresh)
+        try:
+            fresh.symlink_to(checkpoint.name)
+        except OSError as error:
+            if error.errno in _NO_LINKS:
+                return
+            raise
+        fresh.replace(link)
+        flush_directory(checkpoint.parent)
+
+
+# What a file system without links answers, and Windows without the right to make them.
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 
 
 def rotate(class_directory: Path, *, keep: int, best_step: int) -> None:
     """Remove all but the newest `keep` checkpoints and the best one, and stale staging folders."""
-    _remove_staging(class_directory)
-    for directory in list_checkpoints(class_directory)[keep:]:
-        if directory != checkpoint_path(class_directory, best_step):
-            # Under another name first, so that a half-removed folder is not taken for a checkpoint.
-            directory.replace(directory.with_name(f"{_STAGING_PREFIX}removed-{directory.name}"))
-    _remove_staging(class_directory)
+    with writing(class_directory):
+        _remove_leftovers(class_directory)
+        for directory in list_checkpoints(class_directory)[keep:]:
+            if directory != checkpoint_path(class_directory, best_step):
+                # Under another name first, so that what is half removed is no checkpoint.
+                removed = directory.with_name(f"{STAGING_PREFIX}removed-{directory.name}")
+                directory.replace(removed)
+                flush_directory(class_directory)
+                remove(removed)
 
 
-def _remove_staging(class_directory: Path) -> None:
-    for leftover in class_directory.glob(f"{_STAGING_PREFIX}*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-def publish_directory(target: Path, write: Callable[[Path], None]) -> None:
-    """Write a directory with `write(staging)`, whole or not at all, replacing what was there."""
-    with _staged(target) as staging:
-        write(staging)
-
-
-def write_json(path: Path, content: object) -> None:
-    """JSON as a person reads it, flushed to the disk, whole or not at all."""
-    staging = path.with_name(f"{_STAGING_PREFIX}{path.name}")
-    with staging.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(path)
+def _remove_leftovers(class_directory: Path) -> None:
+    finish_replacing(class_directory)
+    for leftover in class_directory.glob(f"{STAGING_PREFIX}*"):
+        remove(leftover)
 
 
 def write_array(path: Path, array: NDArray[Any]) -> None:
@@ -277,107 +450,18 @@ def write_array(path: Path, array: NDArray[Any]) -> None:
     Raises:
         UserError: when it cannot be written.
     """
-    staging = path.with_name(f"{_STAGING_PREFIX}{path.name}")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        with staging.open("wb") as file:
-            np.save(file, array)
-            file.flush()
-            os.fsync(file.fileno())
-        staging.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"{path} could not be written: {error.strerror or error}. Make room and start again to "
-            "go on."
-        ) from error
-
-
-@contextlib.contextmanager
-def _staged(target: Path) -> Iterator[Path]:
-    """A folder that becomes `target` when the block ends well, and disappears when it does not."""
-    folder = target.with_name(f"{_STAGING_PREFIX}{target.name}-{os.getpid()}")
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        yield folder
-        files = {}
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                _flush_file(path)
-                files[path.relative_to(folder).as_posix()] = {
-                    "bytes": path.stat().st_size,
-                    "sha256": _sha256(path),
-                }
-        write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
-        _flush_directory(folder)
-        _replace_directory(folder, target)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{target} could not be written: {reason}. What was saved before is intact; make room "
-            "and start again to go on."
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _replace_directory(folder: Path, target: Path) -> None:
-    if target.exists():
-        # A directory cannot replace a full one in a single step; the old one goes aside first, and
-        # comes back by `_finish_replacing` if this process ends in between.
-        aside = target.with_name(f"{_REPLACED_PREFIX}{target.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        target.replace(aside)
-        folder.replace(target)
-        shutil.rmtree(aside)
-    else:
-        folder.replace(target)
-    _flush_directory(target.parent)
-
-
-def _finish_replacing(class_directory: Path) -> None:
-    for aside in class_directory.glob(f"{_REPLACED_PREFIX}*"):
-        target = aside.with_name(aside.name.removeprefix(_REPLACED_PREFIX))
-        if not target.exists():
-            aside.replace(target)
+    buffer = io.BytesIO()  # numpy's own writing to a file does not say why it failed
+    np.save(buffer, array)
+    with writing(path):
+        make_directory(path.parent)
+    write_bytes(path, buffer.getvalue())
 
 
 def _check_free_space(directory: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(directory).free
-    needed = int(num_bytes * 1.02) + 2**20
-    if free < needed:
+    if free < num_bytes:
         raise UserError(
-            f"The next checkpoint needs {format_bytes(needed)} in {directory}, and "
+            f"The next checkpoint needs {format_bytes(num_bytes)} in {directory}, and "
             f"{format_bytes(free)} are free. What was saved before is intact; make room and start "
             "again to go on."
         )
-
-
-def _tensor_bytes(tree: object) -> int:
-    if isinstance(tree, Tensor):
-        return tree.nbytes
-    if isinstance(tree, Mapping):
-        return sum(_tensor_bytes(value) for value in tree.values())
-    if isinstance(tree, list | tuple):
-        return sum(_tensor_bytes(value) for value in tree)
-    return 0
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush_file(path: Path) -> None:
-    with path.open("rb+") as file:  # Windows flushes only what is open for writing
-        os.fsync(file.fileno())
-
-
-def _flush_directory(path: Path) -> None:
-    if sys.platform == "win32":
-        return  # it has no such call; renames are in its journal
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
