@@ -73,6 +73,7 @@ class TrainState:
 
     step: Count = 0  # optimizer steps done
     total_steps: Count = 0  # of the whole training, so that a resumed run need not count them
+    total_steps: Count = 0  # of the whole training, so that a resumed run need not count them
     epoch: Count = 0
     batch: Count = 0  # global batches of this epoch that are done
     tokens: Count = 0  # document tokens trained on, padding not counted
@@ -83,6 +84,8 @@ class TrainState:
     peak_memory_bytes: Count = 0
     loss_sum: float = 0.0  # since the last log line, so that a resumed run logs the same numbers
     loss_tokens: Count = 0
+    skipped_steps: Count = 0  # that changed nothing: see `nonfinite`
+    bad_steps_in_a_row: Count = 0
     skipped_steps: Count = 0  # that changed nothing: see `nonfinite`
     bad_steps_in_a_row: Count = 0
 
