@@ -5,10 +5,12 @@ A launched process reads one file, the resolved recipe, which is stored beside t
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
+import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,8 +20,10 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.errors import UsageError, nearest
+from accel_gpt2.units import format_bytes
 
 if TYPE_CHECKING:
+    import yaml
     from pydantic import TypeAdapter
 
 ENVIRONMENT_PREFIX = "ACCEL_GPT2_"
@@ -30,6 +34,9 @@ Finetuning = Literal["full", "lora"]
 Optimizer = Literal["adamw", "adamw_8bit", "adafactor"]
 Schedule = Literal["cosine", "linear", "constant"]
 Priors = Literal["training", "uniform"]
+
+# Tokens, steps, documents: more of them than this is a slip, and not every library counts further.
+Count = Annotated[int, Ge(1), Lt(2**31)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +53,7 @@ class TrainRecipe:
     model: str = "gpt2"
     init: Init = "pretrained"
     tokenizer: str = "auto"  # auto: the model's own; train: a BPE of the training split; or a path
-    tokenizer_vocab_size: Annotated[int, Ge(258)] = 4096  # read only when tokenizer is "train"
+    tokenizer_vocab_size: Annotated[Count, Ge(258)] = 4096  # read only when tokenizer is "train"
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
     fused_gelu: bool = True  # gelu_pytorch_tanh for gelu_new: the same function, fused
 
@@ -58,23 +65,23 @@ class TrainRecipe:
     train_split: str = "train"
     test_split: str = "test"
     validation_fraction: Annotated[float, Gt(0), Le(0.5)] = 0.1  # of the training split
-    validation_documents: Annotated[int, Ge(2)] = 2000  # at most
-    train_documents_per_class: Annotated[int, Ge(1)] | None = None  # at most; None: all
-    max_length: Annotated[int, Ge(3)] = 1024
+    validation_documents: Annotated[Count, Ge(2)] = 2000  # at most
+    train_documents_per_class: Count | None = None  # at most; None: all
+    max_length: Annotated[Count, Ge(3)] = 1024
     priors: Priors = "training"
 
     # What is trained.
     finetuning: Finetuning = "full"
-    lora_rank: Annotated[int, Ge(1)] = 16
+    lora_rank: Annotated[int, Ge(1), Le(16_384)] = 16
     lora_alpha: Annotated[float, Gt(0)] = 32.0
     lora_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     lora_target_modules: tuple[str, ...] = ()  # empty: every linear layer of the blocks
 
     # How it is optimized.
-    epochs: Annotated[float, Gt(0)] = 3.0
-    max_steps: Annotated[int, Ge(1)] | None = None
-    global_batch_tokens: Annotated[int, Ge(1)] | None = 8192  # document tokens, padding not counted
-    global_batch_size: Annotated[int, Ge(1)] | None = None  # documents; in place of the tokens
+    epochs: Annotated[float, Gt(0), Le(100_000)] = 3.0
+    max_steps: Count | None = None
+    global_batch_tokens: Count | None = 8192  # document tokens, padding not counted
+    global_batch_size: Count | None = None  # documents; in place of the tokens
     optimizer: Optimizer = "adamw"
     learning_rate: Annotated[float, Gt(0)] = 5e-5
     min_learning_rate_fraction: Annotated[float, Ge(0), Le(1)] = 0.1
@@ -87,16 +94,16 @@ class TrainRecipe:
     max_grad_norm: Annotated[float, Ge(0)] = 1.0  # 0: no clipping
     mixed_precision: MixedPrecision = "no"
     seed: Annotated[int, Ge(0), Lt(2**31)] = 0
-    evaluate_every_steps: Annotated[int, Ge(1)] | None = None  # None: at the end of every epoch
+    evaluate_every_steps: Count | None = None  # None: at the end of every epoch
 
     # How the run goes; results change by rounding at most.
     profile: str = "auto"
-    micro_batch_tokens: Annotated[int, Ge(1)] = 4096  # padded tokens that go through at once
+    micro_batch_tokens: Count = 4096  # padded tokens that go through at once
     gradient_checkpointing: bool = False
-    loss_chunk_tokens: Annotated[int, Ge(1)] = 512  # rows of logits that exist at once
-    checkpoint_every_steps: Annotated[int, Ge(1)] | None = None  # None: at every evaluation
-    keep_checkpoints: Annotated[int, Ge(1)] = 2  # the last N; the best one is kept besides
-    log_every_steps: Annotated[int, Ge(1)] = 10
+    loss_chunk_tokens: Count = 512  # rows of logits that exist at once
+    checkpoint_every_steps: Count | None = None  # None: at every evaluation
+    keep_checkpoints: Count = 2  # the last N; the best one is kept besides
+    log_every_steps: Count = 10
     max_time_seconds: Annotated[float, Gt(0)] | None = None
     price_usd_per_hour: Annotated[float, Ge(0)] | None = None  # of the whole machine
     budget_usd: Annotated[float, Gt(0)] | None = None  # of the whole run; needs the price
@@ -107,6 +114,26 @@ FIELDS: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(Train
 
 # A run may go on with another value of these: nothing but rounding changes.
 RUN_FIELDS: frozenset[str] = frozenset(FIELDS[FIELDS.index("profile") :])
+
+# It may also go on with another value of these, and says so: they shape the steps still to come.
+# What a run is (data, tokens, model, batches, seed, number of steps) stays, or it is another run.
+WARNED_FIELDS: frozenset[str] = frozenset(
+    {
+        "dropout",
+        "lora_dropout",
+        "learning_rate",
+        "min_learning_rate_fraction",
+        "lr_schedule",
+        "warmup_fraction",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "max_grad_norm",
+        "mixed_precision",
+        "evaluate_every_steps",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,13 +216,34 @@ def _validated(
 ) -> tuple[TrainRecipe | None, list[str]]:
     from pydantic import ValidationError
 
+    unreadable = [
+        f"{key} = {value!r} (from {origins[key]}): it holds a character that no name has; leave "
+        "out NUL and bytes that are not UTF-8."
+        for key, value in values.items()
+        if _NO_TEXT.search("".join(_strings(value)))
+    ]
+    if unreadable:
+        return None, unreadable
     try:
         # As JSON, because only there strict reading takes a mapping for a dataclass.
-        recipe = _strict_reader().validate_json(json.dumps(values, default=str))
+        recipe = _strict_reader().validate_json(json.dumps(values))
     except ValidationError as error:
         return None, [_sentence(dict(problem), origins) for problem in error.errors()]
     problems = _contradictions(recipe)
     return (None if problems else recipe), problems
+
+
+# NUL ends a path, and lone surrogates stand for bytes that are not UTF-8.
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from itertools.chain.from_iterable(_strings(part) for part in value.items())
+    elif isinstance(value, list | tuple):
+        yield from itertools.chain.from_iterable(_strings(part) for part in value)
 
 
 @functools.cache
@@ -212,7 +260,11 @@ def _sentence(problem: dict[str, Any], origins: Mapping[str, str]) -> str:
 
 
 def _contradictions(recipe: TrainRecipe) -> list[str]:
-    problems = []
+    problems = [
+        f"{key} = {value!r}: a name is needed here."
+        for key in ("model", "tokenizer", "dataset", "train_split", "test_split", "profile")
+        if not (value := getattr(recipe, key)).strip()
+    ]
     if recipe.global_batch_tokens is None and recipe.global_batch_size is None:
         problems.append("global_batch_tokens and global_batch_size are both empty; give one.")
     row = MODELS.get(recipe.model)
@@ -245,34 +297,44 @@ def _contradictions(recipe: TrainRecipe) -> list[str]:
     return problems
 
 
+_LARGEST_RECIPE_BYTES = 2**20
+
+
 def read_layer(path: Path) -> Layer:
     """The values of a recipe file, YAML or JSON by its suffix; every key may be left out.
 
     Raises:
         UsageError: when the file is missing, is not text, does not parse or is not one mapping.
     """
+    if not os.path.isfile(path):  # a pipe without a writer would be waited for
+        there = "is not a file" if os.path.exists(path) else "does not exist"
+        raise UsageError(f"The recipe {path} {there}.")
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UsageError(f"The recipe {path} does not exist.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The recipe {path} cannot be read: {error}.") from None
+        if path.stat().st_size > _LARGEST_RECIPE_BYTES:
+            raise UsageError(
+                f"The recipe {path} has {format_bytes(path.stat().st_size)}; a recipe is some "
+                "lines of `key: value`."
+            )
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"The recipe {path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"The recipe {path} is not UTF-8 text (byte {error.start}); a recipe is some lines of "
+            "`key: value`."
+        ) from None
     return Layer(origin=str(path), values=_parse_mapping(text, path))
 
 
 def _parse_mapping(text: str, path: Path) -> dict[str, object]:
+    parse = _parse_json if path.suffix == ".json" else _parse_yaml
     try:
-        if path.suffix == ".json":
-            content = json.loads(text)
-        else:
-            import yaml
-
-            content = yaml.safe_load(text)
+        content = parse(text)
+    except RecursionError:
+        raise UsageError(f"The recipe {path} is nested too deep; it should be flat.") from None
     except ValueError as error:
-        raise UsageError(f"The recipe {path} is not JSON: {error}.") from None
-    except Exception as error:  # yaml.YAMLError, named without importing yaml for a JSON file
-        reason = " ".join(str(error).split())
-        raise UsageError(f"The recipe {path} is not YAML: {reason}.") from None
+        kind = "JSON" if parse is _parse_json else "YAML"
+        raise UsageError(f"The recipe {path} is not {kind} that can be read: {error}.") from None
     if content is None:
         content = {}
     if not isinstance(content, dict):
@@ -283,7 +345,77 @@ def _parse_mapping(text: str, path: Path) -> dict[str, object]:
     # An unquoted `mixed_precision: no` is a YAML 1.1 boolean.
     if content.get("mixed_precision") is False:
         content["mixed_precision"] = "no"
-    return {str(key): value for key, value in content.items()}
+    return {str(key): _number(str(key), value) for key, value in content.items()}
+
+
+def _number(key: str, value: object) -> object:
+    # To YAML 1.1 a number such as 5e-5, without a point, is text.
+    exponent = isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]+[eE][-+]?[0-9]+", value)
+    return parse_value(key, str(value)) if exponent else value
+
+
+def _parse_json(text: str) -> object:
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        _require_unique([key for key, _ in pairs])
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
+def _require_unique(keys: Sequence[object]) -> None:
+    seen: set[object] = set()
+    for key in keys:
+        if key in seen:
+            raise ValueError(f"the key {key!r} stands there twice")
+        seen.add(key)
+
+
+def _parse_yaml(text: str) -> object:
+    """Plain YAML: scalars, lists and mappings, nothing that refers to anything.
+
+    Raises:
+        ValueError: with the reason, for what is no YAML and for what has no place in a recipe.
+    """
+    import yaml
+
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            # A few lines of aliases of aliases are more values than a memory holds.
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"*{event.anchor} refers to another value; write it out")
+        return yaml.load(text, Loader=_recipe_loader())
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+@functools.cache
+def _recipe_loader() -> "type[yaml.SafeLoader]":
+    import yaml
+
+    class RecipeLoader(yaml.SafeLoader):
+        """Refuses a key that stands there twice; dates are text."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            _require_unique([key for key in keys if isinstance(key, Hashable)])
+            return super().construct_mapping(node, deep=deep)
+
+    RecipeLoader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NO_RECIPE_TAGS]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for tag in _NO_RECIPE_TAGS:
+        RecipeLoader.add_constructor(tag, _refuse_tag)
+    return RecipeLoader
+
+
+_NO_RECIPE_TAGS = tuple(
+    f"tag:yaml.org,2002:{name}" for name in ("timestamp", "binary", "set", "omap", "pairs", "merge")
+)
+
+
+def _refuse_tag(loader: Any, node: Any) -> object:
+    raise ValueError(f"line {node.start_mark.line + 1} is tagged {node.tag}, which no value is")
 
 
 def environment_layer(environment: Mapping[str, str] = os.environ) -> Layer:

@@ -1,4 +1,4 @@
-"""Text from files, options and libraries, made fit to be shown: no control characters, no floods."""
+"""Text from files, options and libraries, fit to be shown: no control characters, no floods."""
 
 import re
 

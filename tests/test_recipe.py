@@ -197,11 +197,11 @@ def test_json_files_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("a.yaml", b"seed: [1", r"a\.yaml is not YAML: .*line 1"),
+        ("a.yaml", b"seed: [1", r"a\.yaml is not YAML .*line 1"),
         ("a.json", b"{seed: 1}", r"a\.json is not JSON"),
         ("a.yaml", b"- seed", r"holds a list; it should hold lines of `key: value`"),
         ("a.yaml", b"seed", r"holds a str; it should hold"),
-        ("a.yaml", b"\xff\xfe\x00", r"a\.yaml cannot be read: .*decode"),
+        ("a.yaml", b"\xff\xfe\x00", r"a\.yaml is not UTF-8 text"),
     ],
 )
 def test_an_unreadable_file_is_a_sentence(
@@ -221,7 +221,7 @@ def test_a_missing_file_is_a_sentence(tmp_path: Path) -> None:
 
 def test_a_directory_is_no_recipe(tmp_path: Path) -> None:
     """A directory in place of a file is named, not a traceback."""
-    with pytest.raises(UsageError, match=r"cannot be read"):
+    with pytest.raises(UsageError, match=r"is not a file"):
         read_layer(tmp_path)
 
 
@@ -320,11 +320,11 @@ recipes = st.builds(
     dataset=words,
     class_names=st.lists(words, max_size=3).map(tuple),
     init=st.sampled_from(["pretrained", "scratch"]),
-    epochs=st.floats(min_value=1e-300, max_value=1e300),
+    epochs=st.floats(min_value=1e-300, max_value=1e5),
     learning_rate=st.floats(min_value=1e-300, max_value=1e3),
     dropout=st.floats(min_value=0, max_value=1, exclude_max=True),
-    max_steps=st.none() | st.integers(1, 2**62),
-    global_batch_size=st.none() | st.integers(1, 2**62),
+    max_steps=st.none() | st.integers(1, 2**31 - 1),
+    global_batch_size=st.none() | st.integers(1, 2**31 - 1),
     mixed_precision=st.sampled_from(["no", "fp16", "bf16"]),
     seed=st.integers(0, 2**31 - 1),
     gradient_checkpointing=st.booleans(),

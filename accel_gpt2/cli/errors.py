@@ -41,10 +41,10 @@ def outcome(error: BaseException | None) -> tuple[int, str]:
         case SystemExit():
             code = error.code
             return (code, "") if isinstance(code, int) else (0 if code is None else 1, str(code))
-        case _ if hasattr(error, "format_message"):  # the argument parser's own
-            text = io.StringIO()
-            error.show(file=text)
-            return int(ExitCode.USAGE), text.getvalue().strip()
+        case _ if hasattr(error, "show") and hasattr(error, "format_message"):
+            said = io.StringIO()  # the argument parser's own: usage, hint, and what is wrong
+            error.show(file=said)
+            return int(ExitCode.USAGE), said.getvalue().strip()
         case _:
             text = " ".join(str(error).split()).rstrip(".")
             name = type(error).__name__

@@ -74,12 +74,12 @@ def infer_class_names(labels: Sequence[str], place: str) -> tuple[str, ...]:
             f"{place}: the label column has {len(labels):,} different values, so it is no label; "
             "name the right one with --set label_field=..."
         )
-    if all(is_whole_number(label) for label in labels):
+    if len(labels) > 1 and all(is_whole_number(label) for label in labels):
         wanted = [str(index) for index in range(len(labels))]
         if list(labels) != wanted:
             raise UserError(
                 f"{place}: the labels are {', '.join(labels)}; numbers should count the classes "
-                f"from 0 without a gap; or name them, with --set class_names={','.join(labels)}"
+                f"from 0 without a gap. --set class_names={','.join(labels)} takes them for names."
             )
     return tuple(labels)
 

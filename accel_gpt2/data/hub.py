@@ -64,6 +64,22 @@ def ask_hub(repo_id: str, repo_type: Literal["dataset", "model"]) -> HubAnswer:
     return answers[0] if answers else HubAnswer.UNREACHABLE
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a repository could have this name.
+
+    >>> is_hub_id("imdb"), is_hub_id("fancyzhx/ag_news"), is_hub_id("a/b/c"), is_hub_id("../x")
+    (True, True, False, False)
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def why_unreachable() -> str:
     """The end of a sentence about a hub that gave no answer."""
     from huggingface_hub.constants import is_offline_mode

@@ -7,6 +7,7 @@ text files, from 1) or the row (of Parquet, from 0).
 import csv
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from accel_gpt2.data.raw import (
     labels_as_text,
     require_text_type,
     require_texts,
+    require_utf8,
 )
 from accel_gpt2.errors import UserError
 
@@ -109,16 +111,17 @@ def find_local_files(path: Path) -> LocalFiles | None:
 
     A directory is looked at together with its direct subdirectories.
     """
-    if path.is_file() and path.suffix.lower() in _FORMATS:
+    # os.path, because to pathlib a name that is too long is an error and not an answer.
+    if os.path.isfile(path) and path.suffix.lower() in _FORMATS:
         return LocalFiles(path=path, data_files=(path,), class_names=_read_class_names(path.parent))
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return None
     data_files = tuple(
         file
         for pattern in ("*", "*/*")
         for file in sorted(path.glob(pattern))
         if file.suffix.lower() in _FORMATS
-        and file.is_file()
+        and os.path.isfile(file)
         and not file.name.startswith((".", "_"))
     )
     if not data_files:
@@ -232,13 +235,7 @@ def _read_text_file(
         where = f"{file}, line {line}"
         if not isinstance(text, str):
             raise UserError(f"{where}: the text {text_field!r} is {_described(text)}, not text.")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{where}: the text holds half of a surrogate pair (an escape such as \\ud83d "
-                "without its partner), which is no character."
-            ) from None
+        _require_characters(text, where, "text")
         yield RawDocument(
             text=text, label=_label_as_text(label, where, label_field), place=f"{name}, line {line}"
         )
@@ -302,6 +299,11 @@ def _json_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 f"{file}, line {line}: this is not JSON ({error.msg} at column {error.colno}); "
                 "each line should hold one object."
             ) from None
+        except (RecursionError, ValueError):
+            raise UserError(
+                f"{file}, line {line}: this JSON is nested too deep, or a number in it has "
+                "thousands of digits; each line should hold one plain object."
+            ) from None
         if not isinstance(record, dict):
             raise UserError(
                 f"{file}, line {line}: this is {_described(record)}; each line should hold one "
@@ -330,6 +332,10 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 def _label_as_text(label: Any, where: str, field: str) -> str:
     if label is None:
         raise UserError(f"{where}: the label {field!r} is missing; give it or drop the row.")
+    if isinstance(label, str):
+        _require_characters(label, where, "label")
+        if not label.strip():
+            raise UserError(f"{where}: the label {field!r} is missing; give it or drop the row.")
     if isinstance(label, bool | int | str):
         return str(label).strip()
     if isinstance(label, float) and label.is_integer():
@@ -338,6 +344,16 @@ def _label_as_text(label: Any, where: str, field: str) -> str:
         f"{where}: the label {field!r} is {_described(label)}; it should be a whole number, text "
         "or a boolean."
     )
+
+
+def _require_characters(text: str, where: str, what: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{where}: the {what} holds half of a surrogate pair (an escape such as \\ud83d "
+            "without its partner), which is no character."
+        ) from None
 
 
 def _described(value: Any) -> str:
@@ -372,11 +388,11 @@ def _read_parquet(
             place = _row_namer(file, start)
             texts = batch.column(text_field)
             require_texts(texts, place, text_field)
-            _require_utf8(texts, place)
+            require_utf8(texts, place)
             labels = labels_as_text(batch.column(label_field), place, label_field)
             pairs = zip(texts.to_pylist(), labels.to_pylist(), strict=True)
             for row, (text, label) in enumerate(pairs, start=start):
-                yield RawDocument(text=text, label=label.strip(), place=f"{name}, row {row}")
+                yield RawDocument(text=text, label=label, place=f"{name}, row {row}")
             start += len(batch)
 
 
@@ -384,19 +400,7 @@ def _row_namer(file: Path, start: int) -> Callable[[int], str]:
     return lambda index: f"{file}, row {start + index}"
 
 
-def _require_utf8(texts: pa.Array, place: Callable[[int], str]) -> None:
-    # Parquet calls bytes text without looking at them.
-    try:
-        texts.validate(full=True)
-    except pa.ArrowException:
-        for index, data in enumerate(texts.cast(pa.large_binary()).to_pylist()):
-            try:
-                data.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{place(index)}: byte 0x{data[error.start]:02x} is not UTF-8."
-                ) from None
-
-
 def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".") + "."
+    # Some libraries put the name of an exception of theirs before what they say.
+    text = re.sub(r"\b\w+Exception: ", "", " ".join(str(error).split()))
+    return text[:200].rstrip(".") + "."

@@ -20,6 +20,9 @@ LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment")
 _BATCH_DOCUMENTS = 1024
 _BATCH_BYTES = 16 * 2**20
 
+# Above it a float64 has no neighbours one apart, and a label was something else.
+_LARGEST_EXACT_FLOAT = 2.0**53
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawDocument:
@@ -145,23 +148,23 @@ def labels_as_text(labels: pa.Array, place: Callable[[int], str], column: str) -
     `place(i)` says where the i-th of them stands.
 
     Raises:
-        UserError: for a missing label, a number that is not whole, or another type.
+        UserError: for a missing or blank label, a number that is not whole, bytes that are no text,
+            or another type.
     """
     if pa.types.is_dictionary(labels.type):
         labels = labels.cast(labels.type.value_type)
     if labels.null_count:
-        row = pc.index(labels.is_null(), pa.scalar(True)).as_py()
-        raise UserError(f"{place(row)}: the label {column!r} is missing; give it or drop the row.")
+        raise _missing_label(place, pc.index(labels.is_null(), pa.scalar(True)).as_py(), column)
     kind = labels.type
     if pa.types.is_boolean(kind):
         return pc.if_else(labels, "True", "False").cast(pa.string())
     if pa.types.is_integer(kind):
         return labels.cast(pa.string())
     if pa.types.is_floating(kind):
-        whole = pc.equal(pc.floor(labels), labels)
+        whole = pc.and_(
+            pc.equal(pc.floor(labels), labels), pc.less_equal(pc.abs(labels), _LARGEST_EXACT_FLOAT)
+        )
         row = pc.index(whole, pa.scalar(False)).as_py()
-        if row < 0:
-            row = pc.index(pc.is_finite(labels), pa.scalar(False)).as_py()
         if row >= 0:
             raise UserError(
                 f"{place(row)}: the label {column!r} is {labels[row].as_py()}, "
@@ -169,11 +172,34 @@ def labels_as_text(labels: pa.Array, place: Callable[[int], str], column: str) -
             )
         return labels.cast(pa.int64()).cast(pa.string())
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return labels.cast(pa.string())
+        require_utf8(labels, place)
+        labels = pc.utf8_trim_whitespace(labels.cast(pa.string()))
+        row = pc.index(labels, pa.scalar("")).as_py()
+        if row >= 0:
+            raise _missing_label(place, row, column)
+        return labels
     raise UserError(
         f"{place(0)}: the label {column!r} is of the type {kind}; whole numbers, text and booleans "
         "can be labels; name another column with --set label_field=..."
     )
+
+
+def _missing_label(place: Callable[[int], str], row: int, column: str) -> UserError:
+    return UserError(f"{place(row)}: the label {column!r} is missing; give it or drop the row.")
+
+
+def require_utf8(texts: pa.Array, place: Callable[[int], str]) -> None:
+    """Raise a UserError naming the first text that is not UTF-8; Parquet does not look."""
+    try:
+        texts.validate(full=True)
+    except pa.ArrowException:
+        for index, data in enumerate(texts.cast(pa.large_binary()).to_pylist()):
+            try:
+                data.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{place(index)}: byte 0x{data[error.start]:02x} is not UTF-8."
+                ) from None
 
 
 def require_text_type(kind: pa.DataType, place: str, column: str) -> None:
@@ -195,9 +221,9 @@ def require_texts(
 
 
 def is_whole_number(label: str) -> bool:
-    """Whether a label as text is an integer in its usual spelling.
+    """Whether a label as text is an integer in its usual spelling, of at most 18 digits.
 
     >>> [is_whole_number(label) for label in ("3", "-1", "03", "3.0", "ham")]
     [True, True, False, False, False]
     """
-    return re.fullmatch(r"-?(0|[1-9]\d*)", label) is not None
+    return re.fullmatch(r"-?(0|[1-9][0-9]{0,17})", label) is not None

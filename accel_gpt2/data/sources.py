@@ -4,6 +4,7 @@ A data set is looked for under the folder that ACCEL_GPT2_DATA names, then at a 
 the Hugging Face hub; `docstrings` is made on the machine.
 """
 
+import glob
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from accel_gpt2.data.hub import (
     HubAnswer,
     ask_hub,
     dataset_is_cached,
+    is_hub_id,
     load_hub_splits,
     read_hub_split,
     why_unreachable,
@@ -62,6 +64,8 @@ ALWAYS_AVAILABLE = "--model gpt2-tiny --dataset docstrings"
 
 # Of local files and hub data sets without a row in the catalog that come without a test split.
 DEFAULT_TEST_FRACTION = 0.2
+
+_MAX_NAME_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,12 +259,13 @@ def _locate(dataset: str) -> _Location:
     if (local := find_local_files(path)) is not None:
         # A path that happens to end in a known name is still someone's own files.
         return _Location(name=name, row=row, local=local)
-    if row is None and path.exists():
+    if row is None and os.path.exists(path):
         raise UserError(
             f"{path} holds no labelled documents that can be read; it should be a "
             f"{', '.join(SUFFIXES)} file or a directory of them."
         )
-    if row is None and (path.suffix or dataset.startswith(("/", ".", "~"))):
+    looks_like_path = path.suffix or dataset.startswith(("/", ".", "~"))
+    if row is None and (looks_like_path or not is_hub_id(dataset)):
         raise UserError(
             f"There is no file or directory {path}; check the path, or use "
             f"{ALWAYS_AVAILABLE}, which needs no files."
@@ -273,12 +278,13 @@ def _find_in_data_folder(*names: str) -> LocalFiles | None:
     if not (folder := os.environ.get(DATA_VARIABLE)):
         return None
     root = Path(folder).expanduser()
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(
             f"{DATA_VARIABLE} names {root}, which is no directory; correct or unset it."
         )
     for name in dict.fromkeys(names):
-        for candidate in (root / name, *sorted(root.glob(f"{name}.*"))):
+        same_stem = glob.glob(f"{glob.escape(str(root / name))}.*")
+        for candidate in (root / name, *map(Path, sorted(same_stem))):
             if (local := find_local_files(candidate)) is not None:
                 return local
     return None
@@ -398,6 +404,12 @@ def _class_names(
     if len(names) < 2:
         raise UserError(
             f"{location.words} has only one class, {names[0]!r}; a classifier needs at least two."
+        )
+    longest = max(names, key=len)
+    if len(longest) > _MAX_NAME_CHARACTERS:
+        raise UserError(
+            f"{location.words}: the label {longest[:40]!r}... has {len(longest):,} characters, so "
+            "it is no name of a class; name the right column with --set label_field=..."
         )
     if len(set(names)) < len(names):
         raise UserError(

@@ -148,7 +148,7 @@ def load_saved_tokenizer(directory: Path) -> TextTokenizer:
 
 
 def _from_pretrained(name: str) -> TextTokenizer:
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return _from_directory(Path(name), name)
     # A file that is on this machine needs no hub; a hub that does not answer is not asked twice.
     if not _in_hub_cache(name):

@@ -1,9 +1,10 @@
 """Can this recipe start at all? Asked before anything is loaded, so that nobody waits for a no."""
 
+import os
 from pathlib import Path
 
 from accel_gpt2.catalog.models import MODELS
-from accel_gpt2.data.hub import HubAnswer, ask_hub, why_unreachable
+from accel_gpt2.data.hub import HubAnswer, ask_hub, is_hub_id, why_unreachable
 from accel_gpt2.data.sources import check_data_available
 from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import TrainRecipe
@@ -31,10 +32,11 @@ def _check_weights(recipe: TrainRecipe) -> None:
     if recipe.init == "scratch" and recipe.model in MODELS:
         return
     location = weights_location(recipe.model)
-    if Path(location).is_dir():
+    if os.path.isdir(location):
         _check_directory(Path(location), recipe)
         return
-    if recipe.model not in MODELS and recipe.model.startswith((".", "/", "~")):
+    looks_like_path = recipe.model.startswith((".", "/", "~"))
+    if recipe.model not in MODELS and (looks_like_path or not is_hub_id(recipe.model)):
         raise UserError(f"The model directory {recipe.model} does not exist.")
     if weights_are_cached(location):
         return

@@ -18,7 +18,9 @@ def weights_location(model: str) -> str:
     folder = os.environ.get("ACCEL_GPT2_MODELS")
     candidates = [Path(model), *([Path(folder) / model] if folder else [])]
     for candidate in candidates:
-        if (candidate / "config.json").is_file():
+        if os.path.isfile(
+            candidate / "config.json"
+        ):  # which takes every string, as pathlib does not
             return str(candidate)
     row = MODELS.get(model)
     if row is None:
@@ -33,7 +35,7 @@ def weights_are_cached(location: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    if Path(location).is_dir():
+    if os.path.isdir(location):
         return True
     try:
         names = ("model.safetensors", "model.safetensors.index.json")

@@ -1,0 +1,28 @@
+"""A trained run to damage, and the number of examples of the short and of the long form."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz.harness import Case, make_workshop, run_command, train_argv
+
+NOTHING = Case(id="nothing", argv=("accel-gpt2",), said="")
+
+
+@pytest.fixture(scope="session")
+def run_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run of two classes, trained and evaluated through the command line."""
+    folder = tmp_path_factory.mktemp("template")
+    make_workshop(folder, NOTHING, None)
+    cache = {"ACCEL_GPT2_CACHE": str(folder / "cache")}
+    argv = train_argv("good", "--set=keep_checkpoints=1", output_dir="run")
+    for command in (argv, ("accel-gpt2", "evaluate", "run", "--quiet")):
+        ended = run_command(command, cwd=folder, environment=cache)
+        assert ended.exit_code == 0, ended.stderr
+    return folder / "run"
+
+
+@pytest.fixture
+def num_examples(request: pytest.FixtureRequest) -> int:
+    """How many generated inputs one test takes: few, or with --torture many."""
+    return 2000 if request.config.getoption("--torture", default=False) else 30
