@@ -1,5 +1,6 @@
 """One language model per class: the launched process's whole job, from text to `final/` folders."""
 
+import contextlib
 import dataclasses
 import gc
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 
 from accel_gpt2.classify.card import write_card
 from accel_gpt2.classify.describe import announce_plan, describe_plan
+from accel_gpt2.classify.lock import hold
 from accel_gpt2.classify.prepare import PreparedData, prepare_data
 from accel_gpt2.classify.run import (
     LOG,
@@ -40,6 +42,7 @@ from accel_gpt2.train.checkpoint import (
 )
 from accel_gpt2.train.loop import ClassTraining, train_class
 from accel_gpt2.train.model import build_model
+from accel_gpt2.train.peers import watching_peers
 from accel_gpt2.train.processes import (
     build_accelerator,
     check_precision,
@@ -68,7 +71,8 @@ def fit(
             to a checkpoint makes its class go on from that one.
 
     Raises:
-        UserError: when something that the user can change stands in the way.
+        UserError: when something that the user can change stands in the way, such as another
+            process at work in the directory, or when another process of this run fails.
         StoppedEarly: by a signal, the time limit or the budget, with the work saved.
     """
     recipe = resolved.recipe
@@ -76,7 +80,11 @@ def fit(
     goes_on = resume != "never"
     spent_seconds = read_spent_seconds(run_directory) if goes_on else 0.0
     limits = limits_of(recipe, spent_seconds)
-    with StopRequest(limits, saved=goes_on and holds_work(run_directory)) as stop:
+    with (
+        watching_peers(),
+        hold(run_directory) if talks else contextlib.nullcontext(),
+        StopRequest(limits, saved=goes_on and holds_work(run_directory)) as stop,
+    ):
         check_precision(recipe)
         check_trackers(recipe)
         data = prepare_data(recipe, progress=talks and not quiet)
@@ -154,6 +162,8 @@ def _fit_classes(
 
     if accelerator.is_main_process:
         cut_unfinished_line(run_directory / LOG)
+    for warning in (text for standing in standings for text in standing.warnings):
+        progress.say(f"Warning: {warning}")
     for index, (name, directory, standing) in enumerate(
         zip(names, directories, standings, strict=True)
     ):

@@ -1,15 +1,15 @@
 """A run directory: its names, and what is read back from it."""
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accel_gpt2.durable import write_json, write_text
 from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import Layer, TrainRecipe, read_layer, resolve, to_yaml
-from accel_gpt2.train.checkpoint import MANIFEST, write_json
+from accel_gpt2.train.checkpoint import MANIFEST
 
 CALIBRATION = "calibration.json"  # in the run directory, written when all classes are trained
 TRAINING_RECORD = "training.json"  # in `final/`: the best step, tokens, seconds, identity
@@ -108,10 +108,7 @@ def holds_work(run_directory: Path) -> bool:
 
 def write_recipe(run_directory: Path, recipe: TrainRecipe) -> None:
     """`recipe.yaml`, whole or not at all."""
-    path = run_directory / "recipe.yaml"
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_text(to_yaml(recipe), encoding="utf-8")
-    staging.replace(path)
+    write_text(run_directory / "recipe.yaml", to_yaml(recipe))
 
 
 def read_training_record(final: Path) -> dict[str, Any]:

@@ -1,28 +1,38 @@
 """How a run starts: where each class stands, what is refused, and what is written first."""
 
 import dataclasses
-import json
 import shlex
 import sys
-import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accel_gpt2.classify.aside import make_way
 from accel_gpt2.classify.describe import describe_environment
 from accel_gpt2.classify.prepare import PreparedData
-from accel_gpt2.classify.run import CALIBRATION, TRAINING_RECORD, class_directory
+from accel_gpt2.classify.run import (
+    TRAINING_RECORD,
+    class_directory,
+    read_training_record,
+    write_recipe,
+)
+from accel_gpt2.durable import make_directory, write_json, write_text, writing
 from accel_gpt2.errors import UsageError, UserError
-from accel_gpt2.recipe import TrainRecipe, result_differences, to_yaml
+from accel_gpt2.recipe import FIELDS, WARNED_FIELDS, TrainRecipe, result_differences
 from accel_gpt2.train.checkpoint import (
     Identity,
-    is_whole,
+    inspect_checkpoint,
+    mend_best,
     newest_checkpoint,
+    read_identity,
     read_state,
     set_aside_newer,
-    verify,
-    write_json,
 )
+from accel_gpt2.train.manifest import finish_replacing, verify
+
+# Keys of the recipe that have another value now: key -> (before, now).
+Changes = Mapping[str, tuple[object, object]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,60 +41,56 @@ class Standing:
 
     finished: bool
     checkpoint: Path | None  # whole; what to go on from
-    skipped: tuple[str, ...]  # what is wrong with newer ones
+    skipped: tuple[str, ...] = ()  # what is wrong with newer ones
+    changed: Changes = field(default_factory=dict)  # what it was trained with so far
+    warnings: tuple[str, ...] = ()
 
 
 def start_directory(
     run_directory: Path, recipe: TrainRecipe, data: PreparedData, *, resume: str
 ) -> list[Standing]:
-    """Look at what is there, refuse what does not go together, and only then write."""
-    run_directory.mkdir(parents=True, exist_ok=True)
-    if resume == "never":
-        _move_aside(run_directory)
+    """Look at what is there, refuse what does not go together, and only then write.
+
+    Raises:
+        UserError: when a class cannot go on from what is there, or nothing can be written.
+    """
+    with writing(run_directory):
+        make_directory(run_directory)
+    make_way(run_directory, resume=resume)
     names = data.text.class_names
     directories = class_directories(run_directory, data)
     chosen = None if resume in {"auto", "never"} else _chosen_checkpoint(resume, len(names))
     standings = []
     for index, directory in enumerate(directories):
         identity = class_identity(recipe, data, index)
-        standing = _standing(directory, identity, recipe)
-        if chosen is not None and chosen[0] == index:
-            if standing.finished:
-                raise UsageError(
-                    f"--resume {resume}: {names[index]} is trained to the end already; give "
-                    f"--resume auto to go on with the others, or remove {directory / 'final'}."
-                )
-            _check_identity(read_state(chosen[1])[1], identity, recipe, chosen[1])
-            standing = Standing(finished=False, checkpoint=chosen[1], skipped=())
+        path = chosen[1] if chosen is not None and chosen[0] == index else None
+        standing = _standing(directory, identity, recipe, chosen=path)
+        if path is not None and standing.finished:
+            raise UsageError(
+                f"--resume {resume}: {names[index]} is trained to the end already; give "
+                f"--resume auto to go on with the others, or remove {directory / 'final'}."
+            )
         standings.append(standing)
+    standings = _with_warnings(run_directory, names, standings)
     for directory, standing in zip(directories, standings, strict=True):
-        directory.mkdir(exist_ok=True)
+        with writing(directory):
+            make_directory(directory)
         if not standing.finished:
-            start = standing.checkpoint
-            set_aside_newer(directory, -1 if start is None else read_state(start)[0].step)
-    (run_directory / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+            state = None if standing.checkpoint is None else read_state(standing.checkpoint)[0]
+            set_aside_newer(directory, -1 if state is None else state.step)
+            mend_best(directory, -1 if state is None else state.best_step)
+    write_recipe(run_directory, recipe)
     if not (run_directory / "command.txt").is_file():
-        (run_directory / "command.txt").write_text(shlex.join(sys.argv) + "\n", encoding="utf-8")
+        write_text(run_directory / "command.txt", shlex.join(sys.argv) + "\n")
     write_json(run_directory / "environment.json", describe_environment())
-    data.tokenizer.save(run_directory / "tokenizer")
+    with writing(run_directory / "tokenizer"):
+        data.tokenizer.save(run_directory / "tokenizer")
     return standings
 
 
 def class_directories(run_directory: Path, data: PreparedData) -> list[Path]:
     names = data.text.class_names
     return [class_directory(run_directory, index, name) for index, name in enumerate(names)]
-
-
-def _move_aside(run_directory: Path) -> None:
-    """Results of an earlier run are kept, under a name that says when they were put there."""
-    old = [*run_directory.glob("class-*"), *run_directory.glob("evaluation*")]
-    old += [run_directory / name for name in ("log.jsonl", CALIBRATION, "trackers")]
-    old = [path for path in old if path.exists()]
-    if old:
-        aside = run_directory / time.strftime("before-%Y-%m-%d-%H%M%S")
-        aside.mkdir()
-        for path in old:
-            path.replace(aside / path.name)
 
 
 def class_identity(recipe: TrainRecipe, data: PreparedData, index: int) -> Identity:
@@ -101,8 +107,12 @@ def class_identity(recipe: TrainRecipe, data: PreparedData, index: int) -> Ident
     )
 
 
-def _check_identity(there: Identity, here: Identity, recipe: TrainRecipe, path: Path) -> None:
-    """Raise UserError unless work under the one identity may go on under the other."""
+def _changes(there: Identity, here: Identity, recipe: TrainRecipe, path: Path) -> Changes:
+    """What has changed of what may change between the work in `path` and now.
+
+    Raises:
+        UserError: when work under the one identity cannot go on under the other.
+    """
     problems = []
     if (there.class_index, there.class_name) != (here.class_index, here.class_name):
         problems.append(f"it is of class {there.class_name!r}, not {here.class_name!r}")
@@ -113,31 +123,108 @@ def _check_identity(there: Identity, here: Identity, recipe: TrainRecipe, path: 
     old_values: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in there.recipe.items()
-        if key in dataclasses.asdict(recipe)
+        if key in FIELDS
     }
-    old = dataclasses.replace(recipe, **old_values)
+    changes = result_differences(dataclasses.replace(recipe, **old_values), recipe)
     problems += [
         f"{key} was {before!r} and is {now!r}"
-        for key, (before, now) in result_differences(old, recipe).items()
+        for key, (before, now) in changes.items()
+        if key not in WARNED_FIELDS
     ]
     if problems:
         raise UserError(
             f"{path} does not go on from here: {'; '.join(problems)}. Give the earlier values, "
-            "--resume never to start anew, or another --output-dir."
+            "--resume never to start anew (what is there is kept beside), or another --output-dir."
         )
+    return changes
 
 
-def _standing(directory: Path, identity: Identity, recipe: TrainRecipe) -> Standing:
+def _standing(
+    directory: Path, identity: Identity, recipe: TrainRecipe, *, chosen: Path | None
+) -> Standing:
+    """Where one class stands; damage is passed over, what does not belong here is refused.
+
+    Raises:
+        UserError: when what there is cannot be gone on from, or nothing of it is whole.
+    """
     final = directory / "final"
-    if is_whole(final):
-        record = json.loads((final / TRAINING_RECORD).read_text(encoding="utf-8"))
-        _check_identity(Identity(**record["identity"]), identity, recipe, final)
-        return Standing(finished=True, checkpoint=None, skipped=())
-    # A damaged `final/` is exported again, from the checkpoints.
-    checkpoint, problems = newest_checkpoint(directory)
+    problems: list[str] = []
+    with writing(directory):
+        finish_replacing(directory)
+    if final.is_dir():
+        try:
+            verify(final)
+        except UserError as error:
+            problems.append(str(error))  # it is exported again, from the checkpoints
+        else:
+            record = read_training_record(final).get("identity")
+            there = read_identity(record, final / TRAINING_RECORD)
+            changed = _changes(there, identity, recipe, final)
+            return Standing(finished=True, checkpoint=None, changed=changed)
+    checkpoint = chosen
+    if checkpoint is None:
+        checkpoint, damaged = newest_checkpoint(directory)
+        problems += damaged
+    if checkpoint is None and problems:
+        raise UserError(
+            f"Nothing in {directory} is whole. {' '.join(problems)} Put a good copy in place, give "
+            "--resume with the path of one, or --resume never to start anew (what is there is kept "
+            "beside)."
+        )
+    changed = {}
     if checkpoint is not None:
-        _check_identity(read_state(checkpoint)[1], identity, recipe, checkpoint)
-    return Standing(finished=False, checkpoint=checkpoint, skipped=tuple(problems))
+        changed = _changes(inspect_checkpoint(checkpoint)[1], identity, recipe, checkpoint)
+    return Standing(finished=False, checkpoint=checkpoint, skipped=tuple(problems), changed=changed)
+
+
+def _with_warnings(
+    run_directory: Path, names: tuple[str, ...], standings: list[Standing]
+) -> list[Standing]:
+    """Have each class that was trained with other values say so.
+
+    Raises:
+        UsageError: when all classes are finished, so that the new values would change nothing.
+    """
+    if all(standing.finished or _steps_left(standing) == 0 for standing in standings):
+        changes = {key: pair for x in standings for key, pair in x.changed.items()}
+        if changes:
+            raise UsageError(
+                f"The run in {run_directory} is trained to the end with {_were(changes)}: another "
+                "value would change nothing. Give --resume never to train anew (what is there is "
+                "kept beside), or another --output-dir."
+            )
+    return [
+        dataclasses.replace(standing, warnings=(_warning(name, standing),))
+        if standing.changed
+        else standing
+        for name, standing in zip(names, standings, strict=True)
+    ]
+
+
+def _steps_left(standing: Standing) -> int | None:
+    """None where no checkpoint tells it."""
+    if standing.checkpoint is None:
+        return None
+    state, _ = read_state(standing.checkpoint)
+    return state.total_steps - state.step
+
+
+def _warning(name: str, standing: Standing) -> str:
+    now = ", ".join(f"{key} = {now!r}" for key, (_, now) in standing.changed.items())
+    if standing.finished or _steps_left(standing) == 0:
+        return (
+            f"{name} was trained to the end with {_were(standing.changed)}, and what is trained "
+            f"from now on has {now}: the classes are not trained alike. --resume never trains all "
+            "of them anew."
+        )
+    assert standing.checkpoint is not None, "without one there is nothing to differ from"
+    step = read_state(standing.checkpoint)[0].step
+    before = _were(standing.changed)
+    return f"{name} was trained with {before} up to step {step}, and goes on with {now}."
+
+
+def _were(changes: Changes) -> str:
+    return ", ".join(f"{key} = {before!r}" for key, (before, _) in changes.items())
 
 
 def _chosen_checkpoint(resume: str, num_classes: int) -> tuple[int, Path]:

@@ -73,7 +73,6 @@ class TrainState:
 
     step: Count = 0  # optimizer steps done
     total_steps: Count = 0  # of the whole training, so that a resumed run need not count them
-    total_steps: Count = 0  # of the whole training, so that a resumed run need not count them
     epoch: Count = 0
     batch: Count = 0  # global batches of this epoch that are done
     tokens: Count = 0  # document tokens trained on, padding not counted
@@ -84,8 +83,6 @@ class TrainState:
     peak_memory_bytes: Count = 0
     loss_sum: float = 0.0  # since the last log line, so that a resumed run logs the same numbers
     loss_tokens: Count = 0
-    skipped_steps: Count = 0  # that changed nothing: see `nonfinite`
-    bad_steps_in_a_row: Count = 0
     skipped_steps: Count = 0  # that changed nothing: see `nonfinite`
     bad_steps_in_a_row: Count = 0
 
@@ -221,6 +218,11 @@ def inspect_checkpoint(directory: Path) -> tuple[TrainState, Identity]:
         UserError: when a file does not hold what belongs into it.
     """
     state, identity = read_state(directory)
+    if state.step > state.total_steps:
+        raise UserError(
+            f"{directory / STATE_FILE} cannot be read: it is at step {state.step} of "
+            f"{state.total_steps}."
+        )
     path = listed_file(directory, MODEL_FILE)
     with _reading(path), safe_open(path, framework="pt") as file:
         shapes = [tuple(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
@@ -422,6 +424,20 @@ def point_best_at(checkpoint: Path) -> None:
             raise
         fresh.replace(link)
         flush_directory(checkpoint.parent)
+
+
+def mend_best(class_directory: Path, best_step: int) -> None:
+    """Have `best` lead to the best step's checkpoint, or to nothing where that is gone.
+
+    A kill between a save and the link, or a way back to an earlier step, leaves it behind.
+    """
+    best = checkpoint_path(class_directory, best_step)
+    link = class_directory / "best"
+    if best.is_dir():
+        point_best_at(best)
+    elif link.is_symlink():
+        with writing(link):
+            link.unlink()
 
 
 # What a file system without links answers, and Windows without the right to make them.

@@ -257,8 +257,8 @@ def test_a_refused_start_writes_nothing(
     run, directory = _unfinished_copy(trained_run, tmp_path / "run")
     names = sorted(path.name for path in directory.iterdir())
     before = (run / "recipe.yaml").read_text()
-    with pytest.raises(UserError, match=r"learning_rate was 0\.002 and is 0\.5"):
-        fit(resolve_tiny(texts_file, learning_rate=0.5), run, quiet=True)
+    with pytest.raises(UserError, match=r"optimizer was 'adamw' and is 'adafactor'"):
+        fit(resolve_tiny(texts_file, optimizer="adafactor"), run, quiet=True)
     assert (run / "recipe.yaml").read_text() == before
     assert sorted(path.name for path in directory.iterdir()) == names
 
