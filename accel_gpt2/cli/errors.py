@@ -8,7 +8,8 @@ import traceback
 import typer
 
 from accel_gpt2.cli.output import is_main_process, say
-from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
+from accel_gpt2.errors import ExitCode, StoppedEarly
+from accel_gpt2.failures import ending, is_expected, is_told
 from accel_gpt2.terminal import printable, shortened
 
 _show_traceback = False
@@ -24,6 +25,7 @@ def show_tracebacks(show: bool) -> bool:
 def outcome(error: BaseException | None) -> tuple[int, str]:
     """The exit code of a command that ended with `error`, and the text for the person.
 
+    >>> from accel_gpt2.errors import UserError
     >>> outcome(None), outcome(UserError("The folder x does not exist."))
     ((0, ''), (1, 'The folder x does not exist.'))
     >>> outcome(ZeroDivisionError("division by zero"))[1]
@@ -32,24 +34,19 @@ def outcome(error: BaseException | None) -> tuple[int, str]:
     match error:
         case None:
             return int(ExitCode.DONE), ""
-        case UserError() | StoppedEarly():
-            return int(error.exit_code), str(error)
-        case KeyboardInterrupt() | typer.Abort():
+        case typer.Abort():
             return int(ExitCode.INTERRUPTED), "Interrupted."
         case typer.Exit():
             return error.exit_code, ""
-        case SystemExit():
-            code = error.code
-            return (code, "") if isinstance(code, int) else (0 if code is None else 1, str(code))
         case _ if hasattr(error, "show") and hasattr(error, "format_message"):
             said = io.StringIO()  # the argument parser's own: usage, hint, and what is wrong
             error.show(file=said)
             return int(ExitCode.USAGE), said.getvalue().strip()
+        case _ if is_expected(error) or is_told(error):
+            return ending(error)
         case _:
-            text = " ".join(str(error).split()).rstrip(".")
-            name = type(error).__name__
-            reason = f"{name}: {text}" if text else name
-            return int(ExitCode.FAILED), f"{reason}. Run again with --debug for the traceback."
+            code, reason = ending(error)
+            return code, f"{reason}. Run again with --debug for the traceback."
 
 
 def plain_app(name: str | None = None, *, no_args_is_help: bool = False) -> typer.Typer:
@@ -80,8 +77,13 @@ def run(app: typer.Typer) -> None:
     except SystemExit as exit_:
         code = outcome(exit_)[0]
     except BaseException as error:
-        code = _report(error)
-    sys.exit(_after_flush(code))
+        code = report(error)
+    code = _after_flush(code)
+    if code != ExitCode.DONE and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # The teardown of a process group can wait for processes that are gone.
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _encode_whatever_comes() -> None:
@@ -91,11 +93,14 @@ def _encode_whatever_comes() -> None:
         sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
 
 
-def _report(error: BaseException) -> int:
+def report(error: BaseException) -> int:
+    """Tell the person how the command ended, unless it has been told; returns the exit code."""
     code, text = outcome(error)
     text = shortened(text)
-    expected = isinstance(error, UserError | StoppedEarly | KeyboardInterrupt)
-    if not expected and not is_main_process():
+    expected = is_expected(error)
+    if is_told(error) or not text:
+        pass
+    elif not expected and not is_main_process():
         sys.stderr.write(printable(f"Process {os.environ.get('RANK', '?')}: {text}\n"))
     elif not isinstance(error, StoppedEarly):
         say(text, style="red")

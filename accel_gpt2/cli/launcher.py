@@ -22,16 +22,13 @@ from types import FrameType
 from typing import Protocol
 
 from accel_gpt2.catalog.profiles import HardwareProfile
+from accel_gpt2.classify.lock import hold, read_owner, working_owner
 from accel_gpt2.cli.errors import outcome
-from accel_gpt2.cli.output import is_main_process
-from accel_gpt2.cli.run_directory import (
-    RECIPE_FILE,
-    STATUS_FILE,
-    TRAINER_FILE,
-    running_trainer,
-    write_atomically,
-)
+from accel_gpt2.cli.output import is_main_process, say
+from accel_gpt2.cli.run_directory import RECIPE_FILE, STATUS_FILE, write_atomically
 from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
+from accel_gpt2.failures import mark_as_told
+from accel_gpt2.terminal import shortened
 
 ACCELERATE_FILE = "accelerate.yaml"
 COMMAND_FILE = "command.txt"
@@ -151,8 +148,7 @@ def run_launch(launch: Launch) -> int:
     SIGTERM, SIGINT, SIGUSR1 and SIGHUP reach the trainer (SIGHUP as SIGTERM: a closed terminal
     saves too). This process stays until the trainer has ended, also when the launcher has died.
     """
-    for name in (STATUS_FILE, TRAINER_FILE):
-        (launch.run_directory / name).unlink(missing_ok=True)
+    (launch.run_directory / STATUS_FILE).unlink(missing_ok=True)
     process = subprocess.Popen(
         launch.argv,
         env={**os.environ, WAITED_FOR_BY: str(os.getpid())},
@@ -164,8 +160,9 @@ def run_launch(launch: Launch) -> int:
     signals: list[int] = []
     with _passing_on(process, launch.run_directory, signals):
         launcher_code = process.wait()
-        trained = (launch.run_directory / TRAINER_FILE).exists()
-        while running_trainer(launch.run_directory) is not None:
+        owner = read_owner(launch.run_directory)
+        trained = owner is not None and owner.pid != os.getpid()
+        while working_owner(launch.run_directory) is not None:
             time.sleep(_POLL_SECONDS)
     return _exit_code(launch, launcher_code, signals, trained=trained)
 
@@ -179,12 +176,12 @@ def _passing_on(
         if signals.count(signal.SIGINT) >= _KILLING_INTERRUPTS:
             _signal_group(process, signal.SIGKILL)
             return
-        trainer = running_trainer(run_directory)
+        trainer = working_owner(run_directory)
         if trainer is None:  # the launcher is still starting it, and nothing is worth saving
             _signal_group(process, signal.SIGTERM)
         else:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(trainer, signal.SIGTERM if number == signal.SIGHUP else number)
+                os.kill(trainer.pid, signal.SIGTERM if number == signal.SIGHUP else number)
 
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
     # Under nohup a closed terminal is no reason to stop.
@@ -204,8 +201,8 @@ def _signal_group(process: "subprocess.Popen[bytes]", number: signal.Signals) ->
 
 def _exit_code(launch: Launch, launcher_code: int, signals: list[int], *, trained: bool) -> int:
     try:
-        text = (launch.run_directory / STATUS_FILE).read_text(encoding="utf-8")
-        return int(json.loads(text)["exit_code"])
+        status = json.loads((launch.run_directory / STATUS_FILE).read_text(encoding="utf-8"))
+        code, message = int(status["exit_code"]), str(status["message"])
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -213,6 +210,12 @@ def _exit_code(launch: Launch, launcher_code: int, signals: list[int], *, traine
             f"{launch.run_directory / STATUS_FILE} cannot be read ({error}), so how the training "
             "ended is unknown; start it again to go on."
         ) from None
+    else:
+        # Here and not by the trainer, so that it comes after all that its launcher has to say.
+        saved = code in {ExitCode.DONE, ExitCode.LIMIT_REACHED, ExitCode.STOPPED}
+        if message:
+            say(shortened(message), style="" if saved else "red")
+        return code
     if signal.SIGINT in signals:
         return ExitCode.INTERRUPTED
     if signals and not trained:
@@ -232,39 +235,86 @@ def _exit_code(launch: Launch, launcher_code: int, signals: list[int], *, traine
     )
 
 
-@contextlib.contextmanager
-def recorded_outcome(run_directory: Path) -> Iterator[None]:
-    """The trainer's side: say who trains (`trainer.pid`) and, whatever happens, how it ended.
+def starter() -> int | None:
+    """The process that started this one and waits for it, where one does."""
+    waiting = os.environ.get(WAITED_FOR_BY)
+    return None if waiting is None else int(waiting)
 
-    Only the main process writes, and only into a run directory that exists. Until the training
-    installs its own handlers, SIGTERM and SIGUSR1 raise `StoppedEarly` here.
+
+class Trainer:
+    """The trainer's side of a launch: the lock of its run directory, and how it ended.
+
+    Only the main process writes. While it has not got the directory, which another start may have,
+    it writes nothing.
     """
+
+    def __init__(self, run_directory: Path) -> None:
+        self._run_directory = run_directory
+        self._held = contextlib.ExitStack()
+        self._holds = False
+
+    def take_run_directory(self) -> None:
+        """Take over the directory from whoever started this process; more than once is the same.
+
+        Raises:
+            UserError: when another process is at work there.
+        """
+        if is_main_process() and not self._holds:
+            self._held.enter_context(hold(self._run_directory, heir_of=starter()))
+            self._holds = True
+
+    def record(self, error: BaseException | None) -> None:
+        """Say in `status.json` how this process ends, for whoever waits for it."""
+        if not self._holds:
+            return
+        code, message = outcome(error)
+        status = json.dumps({"exit_code": code, "message": message, "pid": os.getpid()}) + "\n"
+        path = self._run_directory / STATUS_FILE
+        try:
+            write_atomically(path, status)
+        except OSError:
+            self.leave_run_directory()  # on a full disk the lock's own record makes the room
+            with contextlib.suppress(OSError):
+                write_atomically(path, status)
+        if error is not None and starter() is not None and path.exists():
+            mark_as_told(error)  # who waits says it, after the launcher's own words
+
+    def leave_run_directory(self) -> None:
+        """Let others into the run directory."""
+        self._held.close()
+        self._holds = False
+
+
+@contextlib.contextmanager
+def recorded_outcome(run_directory: Path) -> Iterator[Trainer]:
+    """The trainer's side: hold the run directory and, whatever happens, say how the block ended.
+
+    A run directory that is not there yet is for the block to take, once it has been made. Until the
+    training installs its own handlers, SIGTERM and SIGUSR1 raise `StoppedEarly` here.
+
+    Raises:
+        UserError: when another process is at work in the run directory.
+    """
+    trainer = Trainer(run_directory)
     if not is_main_process():
-        yield
+        yield trainer
         return
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _stop_before_training)
-    _write_trainer_file(run_directory)
+    if run_directory.is_dir():
+        trainer.take_run_directory()
     error: BaseException | None = None
     try:
-        yield
+        yield trainer
     except BaseException as raised:
         error = raised
         raise
     finally:
-        code, message = outcome(error)
-        status = {"exit_code": code, "message": message, "pid": os.getpid()}
-        if run_directory.is_dir():
-            write_atomically(run_directory / STATUS_FILE, json.dumps(status) + "\n")
-            (run_directory / TRAINER_FILE).unlink(missing_ok=True)
-
-
-def _write_trainer_file(run_directory: Path) -> None:
-    import psutil
-
-    if run_directory.is_dir():
-        record = {"pid": os.getpid(), "create_time": psutil.Process().create_time()}
-        write_atomically(run_directory / TRAINER_FILE, json.dumps(record) + "\n")
+        # A launcher that has seen another process fail signals this one, which is leaving.
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+        trainer.record(error)
+        trainer.leave_run_directory()
 
 
 def _stop_before_training(number: int, frame: FrameType | None) -> None:

@@ -1,16 +1,26 @@
 """The run directory as the command line sees it: its name, its recipe, and who is at work in it."""
 
-import json
 import os
 import re
 from pathlib import Path
 
+from accel_gpt2.classify.aside import is_trained, make_way
+from accel_gpt2.classify.lock import LOCK_FILE, OWNER_FILE, check_free
 from accel_gpt2.errors import UsageError, UserError
-from accel_gpt2.recipe import TrainRecipe, read_layer, resolve, result_differences, to_yaml
+from accel_gpt2.recipe import (
+    WARNED_FIELDS,
+    TrainRecipe,
+    read_layer,
+    resolve,
+    result_differences,
+    to_yaml,
+)
 
 RECIPE_FILE = "recipe.yaml"
 STATUS_FILE = "status.json"
-TRAINER_FILE = "trainer.pid"
+
+# What a start puts there before the recipe.
+_OF_A_START = frozenset({LOCK_FILE, OWNER_FILE, STATUS_FILE})
 
 
 def default_run_directory(recipe: TrainRecipe) -> Path:
@@ -39,6 +49,7 @@ def prepare_run_directory(run_directory: Path, recipe: TrainRecipe, *, resume: s
             when the run in it was started with other values that change the result.
     """
     check_run_directory(run_directory, recipe, resume=resume)
+    make_way(run_directory, resume=resume)
     try:
         run_directory.mkdir(parents=True, exist_ok=True)
         write_atomically(run_directory / RECIPE_FILE, to_yaml(recipe))
@@ -49,19 +60,22 @@ def prepare_run_directory(run_directory: Path, recipe: TrainRecipe, *, resume: s
         ) from None
 
 
-def check_run_directory(run_directory: Path, recipe: TrainRecipe, *, resume: str) -> None:
-    """The checks of `prepare_run_directory`, without writing anything."""
+def check_run_directory(
+    run_directory: Path, recipe: TrainRecipe, *, resume: str, heir_of: int | None = None
+) -> None:
+    """The checks of `prepare_run_directory`, without writing anything.
+
+    Args:
+        heir_of: the process that started this one, and prepared the directory for it.
+    """
     if run_directory.exists() and not run_directory.is_dir():
         raise UsageError(f"{run_directory} is a file; give another --output-dir.")
-    pid = running_trainer(run_directory)
-    if pid is not None and pid != os.getpid():
-        raise UserError(
-            f"Process {pid} is training in {run_directory}; wait for it, stop it with "
-            f"`kill {pid}` (it saves first), or give another --output-dir."
-        )
+    check_free(run_directory, heir_of=heir_of)
     recipe_path = run_directory / RECIPE_FILE
     if not recipe_path.exists():
-        if run_directory.is_dir() and any(run_directory.iterdir()):
+        if run_directory.is_dir() and any(
+            path.name not in _OF_A_START for path in run_directory.iterdir()
+        ):
             raise UsageError(
                 f"{run_directory} holds files and no {RECIPE_FILE}: it is not a run directory. "
                 "Give another --output-dir."
@@ -71,7 +85,8 @@ def check_run_directory(run_directory: Path, recipe: TrainRecipe, *, resume: str
         return
     old = resolve([read_layer(recipe_path)]).recipe
     differences = result_differences(old, recipe)
-    if differences:
+    # Some values may change on the way, of which the training warns; at the end nothing may.
+    if set(differences) - WARNED_FIELDS or (differences and is_trained(run_directory)):
         listed = "\n".join(
             f"  {key}: {before!r} there, {now!r} here" for key, (before, now) in differences.items()
         )
@@ -93,21 +108,6 @@ def require_run(run_directory: Path) -> None:
         runs = sorted(path.parent for path in run_directory.parent.glob(f"*/{RECIPE_FILE}"))
         there = f" There are {', '.join(map(str, runs[:5]))}." if runs else ""
         raise UsageError(f"{run_directory} {what} (no {RECIPE_FILE} in it).{there}")
-
-
-def running_trainer(run_directory: Path) -> int | None:
-    """The process that is training in a run directory on this machine, or None."""
-    import psutil
-
-    try:
-        record = json.loads((run_directory / TRAINER_FILE).read_text(encoding="utf-8"))
-        process = psutil.Process(int(record["pid"]))
-        # A number that was given to another process since then has another time of birth.
-        same = abs(process.create_time() - float(record["create_time"])) < 1.0
-        alive = same and process.status() != psutil.STATUS_ZOMBIE
-    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
-        return None
-    return process.pid if alive else None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,7 +1,8 @@
 """`train`: choose, check and launch; and what the launched process does, which ends in `fit`."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import typer
 
 from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.catalog.profiles import HardwareProfile
-from accel_gpt2.cli.errors import plain_app, run
+from accel_gpt2.classify.lock import claim
+from accel_gpt2.cli.errors import plain_app, report, run
 from accel_gpt2.cli.hardware import (
     DetectedHardware,
     check_profile,
@@ -20,12 +22,13 @@ from accel_gpt2.cli.hardware import (
 from accel_gpt2.cli.launcher import (
     ACCELERATE_FILE,
     COMMAND_FILE,
-    WAITED_FOR_BY,
     Launch,
     Launcher,
+    Trainer,
     accelerate_config,
     recorded_outcome,
     run_launch,
+    starter,
     stop_with_parent,
     training_launch,
 )
@@ -132,14 +135,16 @@ def launch_training(options: TrainOptions, launcher: Launcher = run_launch) -> i
         say(f"$ {launch.line}", style="bold")
         return ExitCode.DONE
     _preflight(choice)
-    prepare_run_directory(choice.run_directory, choice.resolved.recipe, resume=options.resume)
-    mixed_precision = choice.resolved.recipe.mixed_precision
-    write_atomically(
-        choice.run_directory / ACCELERATE_FILE, accelerate_config(choice.profile, mixed_precision)
-    )
-    write_atomically(choice.run_directory / COMMAND_FILE, launch.line + "\n")
-    say(f"$ {launch.line}", style="bold")
-    return launcher(launch)
+    recipe = choice.resolved.recipe
+    with claim(choice.run_directory):
+        prepare_run_directory(choice.run_directory, recipe, resume=options.resume)
+        write_atomically(
+            choice.run_directory / ACCELERATE_FILE,
+            accelerate_config(choice.profile, recipe.mixed_precision),
+        )
+        write_atomically(choice.run_directory / COMMAND_FILE, launch.line + "\n")
+        say(f"$ {launch.line}", style="bold")
+        return launcher(launch)
 
 
 def _launch(choice: TrainChoice, options: TrainOptions) -> Launch:
@@ -166,24 +171,45 @@ def train_here(options: TrainOptions) -> None:
             show_recipe(choice.resolved)
         return
     if is_main_process():
-        check_run_directory(choice.run_directory, choice.resolved.recipe, resume=options.resume)
+        check_run_directory(
+            choice.run_directory,
+            choice.resolved.recipe,
+            resume=options.resume,
+            heir_of=starter(),
+        )
     try:
-        with recorded_outcome(choice.run_directory):
-            _train(choice, options)
-    except StoppedEarly as stopped:
+        with recorded_outcome(choice.run_directory) as trainer, _watching_peers(trainer):
+            _train(choice, options, trainer)
+    except StoppedEarly:
         # A launcher adds a traceback to any exit code but 0; who waits reads status.json instead.
-        if WAITED_FOR_BY not in os.environ:
+        if starter() is None:
             raise
-        say(str(stopped))
 
 
-def _train(choice: TrainChoice, options: TrainOptions) -> None:
+@contextlib.contextmanager
+def _watching_peers(trainer: Trainer) -> Iterator[None]:
+    """Have one launched process's failure end all of them, recorded and reported like any other."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    from accel_gpt2.train.peers import watching_peers
+
+    def last_words(error: Exception) -> None:
+        trainer.record(error)
+        report(error)
+
+    with watching_peers(last_words):
+        yield
+
+
+def _train(choice: TrainChoice, options: TrainOptions, trainer: Trainer) -> None:
     if not _is_own_recipe(options.recipe_file, options.output_dir):  # else `train` has said it
         _announce(choice, quiet=options.quiet)
     _use_device(choice)
     _preflight(choice)
     recipe = choice.resolved.recipe
     if is_main_process():
+        trainer.take_run_directory()
         prepare_run_directory(choice.run_directory, recipe, resume=options.resume)
     from accel_gpt2.classify.fit import fit
 

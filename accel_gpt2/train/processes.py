@@ -11,7 +11,9 @@ import torch
 
 from accel_gpt2.catalog.gpus import GpuSpec, find_gpu
 from accel_gpt2.errors import UsageError, UserError
+from accel_gpt2.failures import ending
 from accel_gpt2.recipe import TrainRecipe
+from accel_gpt2.train.peers import COLLECTIVE_TIMEOUT, PeerFailedError
 
 T = TypeVar("T")
 
@@ -35,7 +37,7 @@ def build_accelerator(recipe: TrainRecipe, run_directory: Path | None = None) ->
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import ProjectConfiguration
+    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
     check_precision(recipe)
     trackers: list[str] = []
@@ -52,6 +54,7 @@ def build_accelerator(recipe: TrainRecipe, run_directory: Path | None = None) ->
         cpu=_on_cpu(),
         mixed_precision=recipe.mixed_precision,
         log_with=trackers or None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
         **options,
     )
     # Some launcher settings start N processes that never meet, or one in place of N, and exit 0.
@@ -77,8 +80,9 @@ def on_first_process(accelerator: Any, work: Callable[[], T]) -> T:
     """Do `work` on the first process, and give its result to all; they wait for it here.
 
     Raises:
-        UserError: on all processes when the work fails on the first one. A failure there alone,
-            such as a full disk, would leave the others waiting in the next collective for ever.
+        PeerFailedError: on the other processes when the work fails on the first one, which raises
+            what it failed with. Alone with that, such as a full disk, it would leave the others
+            waiting in the next collective.
     """
     if accelerator.num_processes == 1:
         return work()
@@ -89,12 +93,13 @@ def on_first_process(accelerator: Any, work: Callable[[], T]) -> T:
             outcome[0] = work()
         except Exception as raised:
             error = raised
-            outcome[1] = str(raised) or type(raised).__name__
+            code, sentence = ending(raised)
+            outcome[1] = (sentence, code)
     torch.distributed.broadcast_object_list(outcome, src=0)
     if error is not None:
         raise error
     if outcome[1] is not None:
-        raise UserError(outcome[1])
+        raise PeerFailedError(*outcome[1])
     result: T = outcome[0]
     return result
 
