@@ -1,6 +1,7 @@
 """What a run says about itself before it trains: plan.json, environment.json, the first lines."""
 
 import dataclasses
+import math
 import os
 import platform
 import shutil
@@ -13,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 import accel_gpt2
+from accel_gpt2.catalog.optimizers import OPTIMIZERS
 from accel_gpt2.classify.prepare import PreparedData
+from accel_gpt2.data.batching import count_epoch_batches
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.model import LanguageModel
 from accel_gpt2.train.progress import TrainProgress
@@ -31,14 +34,22 @@ def describe_plan(
 ) -> dict[str, Any]:
     """The content of plan.json: classes, sizes, steps, bytes, and what was done to the data.
 
+    `written_bytes` is for a run that nothing stops; each stop writes a checkpoint more.
+
     Args:
         by_class: indices of each class's training documents.
         steps: optimizer steps of each class.
     """
     parameters = list(model.model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    # Weights and two moments in fp32: what AdamW writes; the other optimizers write less.
-    checkpoint_bytes = 12 * trained
+    # Weights in fp32 and what the optimizer keeps; random states and JSON are a few KiB.
+    state_bytes = OPTIMIZERS[recipe.optimizer].state_bytes_per_parameter
+    checkpoint_bytes = round((4 + state_bytes) * trained)
+    exported = trained if recipe.finetuning == "lora" else sum(p.numel() for p in parameters)
+    saves = [
+        num_saves(recipe, total, _steps_per_epoch(recipe, total, data.train.lengths[indices]))
+        for total, indices in zip(steps, by_class, strict=True)
+    ]
     names = data.text.class_names
     return {
         "model": recipe.model,
@@ -59,7 +70,12 @@ def describe_plan(
         "micro_batch_tokens": recipe.micro_batch_tokens,
         "world_size": world_size,
         "checkpoint_bytes": checkpoint_bytes,
-        "kept_bytes": len(names) * (checkpoint_bytes * (recipe.keep_checkpoints + 1) + 4 * trained),
+        # The last N, the best one and `final/`; what is saved once cannot be kept twice.
+        "kept_bytes": sum(
+            checkpoint_bytes * min(count, recipe.keep_checkpoints + 1) + 4 * exported
+            for count in saves
+        ),
+        "written_bytes": sum(checkpoint_bytes * count + 4 * exported for count in saves),
         "truncated_documents": {
             "train": int(data.train.truncated.sum()),
             "validation": int(data.validation.truncated.sum()),
@@ -68,6 +84,32 @@ def describe_plan(
         "data_fingerprint": data.text.fingerprint,
         "data_treatments": [dataclasses.asdict(treatment) for treatment in data.text.treatments],
     }
+
+
+def num_saves(recipe: TrainRecipe, total_steps: int, steps_per_epoch: int) -> int:
+    """How many checkpoints one class writes when nothing stops it: at evaluations and in between.
+
+    >>> recipe = TrainRecipe(checkpoint_every_steps=40)
+    >>> num_saves(recipe, 300, 100)  # 40, 80, ..., 280 and the epochs' ends, 200 among both
+    9
+    """
+    evaluations = recipe.evaluate_every_steps or steps_per_epoch
+    saves = {*range(evaluations, total_steps, evaluations), total_steps}
+    if recipe.checkpoint_every_steps is not None:
+        saves.update(range(0, total_steps, recipe.checkpoint_every_steps))
+    return len(saves - {0})
+
+
+def _steps_per_epoch(recipe: TrainRecipe, total_steps: int, lengths: NDArray[Any]) -> int:
+    if recipe.max_steps is None or total_steps < recipe.max_steps:
+        return math.ceil(total_steps / recipe.epochs)
+    return count_epoch_batches(
+        lengths,
+        global_batch_tokens=recipe.global_batch_tokens,
+        global_batch_size=recipe.global_batch_size,
+        seed=recipe.seed,
+        epoch=0,
+    )
 
 
 def announce_plan(
@@ -84,12 +126,29 @@ def announce_plan(
         f"{where}"
     )
     free = shutil.disk_usage(run_directory).free
+    checkpoint, kept = plan["checkpoint_bytes"], plan["kept_bytes"]
     progress.say(
-        f"A checkpoint is {format_bytes(plan['checkpoint_bytes'])}; the run keeps at most "
-        f"{format_bytes(plan['kept_bytes'])} on the disk ({format_bytes(free)} free)"
+        f"A checkpoint is {format_bytes(checkpoint)}; the run writes "
+        f"{format_bytes(plan['written_bytes'])} and keeps at most {format_bytes(kept)} on the disk "
+        f"({format_bytes(free)} free)"
     )
+    # A checkpoint is written before an older one goes.
+    needed = kept + checkpoint - _held_bytes(run_directory)
+    if needed > free:
+        progress.say(
+            f"Warning: the disk of {run_directory} has {format_bytes(free)} free, and the run may "
+            f"need {format_bytes(needed)} more: make room before it stops for lack of it, or give "
+            "--set keep_checkpoints=1"
+        )
     for treatment in plan["data_treatments"]:
         progress.say(f"Data: {treatment['what']}")
+
+
+def _held_bytes(run_directory: Path) -> int:
+    """What the classes of a run that goes on have on the disk already."""
+    folders = ("checkpoint-*", "final")
+    files = (path for name in folders for path in run_directory.glob(f"class-*/{name}/*"))
+    return sum(path.stat().st_size for path in files)
 
 
 def describe_environment() -> dict[str, object]:
