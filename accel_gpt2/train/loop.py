@@ -465,7 +465,11 @@ def _optimizer_state(accelerator: Any, optimizer: Any) -> dict[str, Any]:
 
 
 def _load_optimizer(accelerator: Any, optimizer: Any, saved: dict[str, Any]) -> None:
+    # The recipe says how steps are made from here on; the state's own groups would undo a change.
+    options = [{k: v for k, v in x.items() if k != "params"} for x in optimizer.param_groups]
     optimizer.load_state_dict(saved["optimizer"])
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
     scaler = getattr(accelerator, "scaler", None)
     if scaler is not None and saved["scaler"] is not None:
         scaler.load_state_dict(saved["scaler"])
