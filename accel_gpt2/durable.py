@@ -37,7 +37,7 @@ def write_failure(path: Path, error: OSError) -> UserError:
     runs/a/log.jsonl could not be written: No space left on device. What was saved before is \
 intact; make room and start again to go on.
     """
-    advice = _ADVICE.get(error.errno or 0, "check the disk")
+    advice = _ADVICE.get(error.errno or 0, "check the disk and its connection (`dmesg` tells)")
     return UserError(
         f"{path} could not be written: {error.strerror or error}. What was saved before is intact; "
         f"{advice} and start again to go on."

@@ -30,6 +30,7 @@ from accel_gpt2.classify.standing import (
 )
 from accel_gpt2.classify.validation import calibrate, joint_accuracy, log_joint_validation
 from accel_gpt2.data.tokenizer import TextTokenizer
+from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import ResolvedRecipe, TrainRecipe
 from accel_gpt2.train.checkpoint import (
     TrainState,
@@ -106,11 +107,20 @@ def fit(
                     progress=progress,
                     spent_seconds=spent_seconds,
                 )
-        finally:
-            if accelerator.is_main_process:
-                write_spent_seconds(run_directory, spent_seconds + stop.seconds)
-            for tracker in accelerator.trackers:
-                tracker.finish()
+        except BaseException:
+            # The person is told what ended the run, not what else a full disk has no room for.
+            with contextlib.suppress(UserError, OSError):
+                _close(accelerator, run_directory, spent_seconds + stop.seconds)
+            raise
+        _close(accelerator, run_directory, spent_seconds + stop.seconds)
+
+
+def _close(accelerator: Any, run_directory: Path, spent_seconds: float) -> None:
+    with contextlib.ExitStack() as closing:  # each of them, also when one fails
+        if accelerator.is_main_process:
+            closing.callback(write_spent_seconds, run_directory, spent_seconds)
+        for tracker in accelerator.trackers:
+            closing.callback(tracker.finish)
 
 
 def _fit_classes(

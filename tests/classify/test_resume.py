@@ -3,9 +3,7 @@
 import dataclasses
 import gc
 import json
-import os
 import shutil
-import signal
 import weakref
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from safetensors.torch import load_file
 from accel_gpt2.classify import fit as fit_module
 from accel_gpt2.classify.fit import fit
 from accel_gpt2.classify.run import open_run
-from accel_gpt2.errors import ExitCode, StoppedEarly, UsageError, UserError
+from accel_gpt2.errors import StoppedEarly, UsageError, UserError
 from accel_gpt2.train.checkpoint import (
     list_checkpoints,
     read_checkpoint,
@@ -28,45 +26,9 @@ from accel_gpt2.train.checkpoint import (
     verify,
 )
 from accel_gpt2.train.model import LanguageModel
-from accel_gpt2.train.stopping import StopRequest
 
 from .conftest import read_log, resolve_tiny
-
-
-def _stop_at_question(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """A real SIGTERM when the training asks for the `number`-th time whether to stop."""
-    ask = StopRequest.requested
-    asked = 0
-
-    def counting(self: StopRequest, device: torch.device) -> bool:
-        nonlocal asked
-        asked += 1
-        if asked == number:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return ask(self, device)
-
-    monkeypatch.setattr(StopRequest, "requested", counting)
-
-
-def _stopped(resolved: Any, run: Path, number: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        _stop_at_question(patch, number)
-        with pytest.raises(StoppedEarly, match="Stopped by SIGTERM; the work is saved") as stopped:
-            fit(resolved, run, quiet=True)
-    assert stopped.value.exit_code == ExitCode.STOPPED
-
-
-def _final_weights(run: Path) -> list[dict[str, torch.Tensor]]:
-    files = sorted(run.glob("class-*/final/*.safetensors"))
-    assert len(files) == 3, files
-    return [load_file(file) for file in files]
-
-
-def _assert_same_models(run: Path, other: Path) -> None:
-    for mine, theirs in zip(_final_weights(run), _final_weights(other), strict=True):
-        assert mine.keys() == theirs.keys()
-        for name, tensor in mine.items():
-            assert torch.equal(tensor, theirs[name]), name
+from .runs import assert_same_models, stop_at_question, train_and_stop, unfinished_copy
 
 
 def _rows(run: Path, event: str, *keys: str) -> list[tuple[Any, ...]]:
@@ -86,9 +48,9 @@ def test_stopped_anywhere_and_resumed_is_the_same(
     """Between steps, within an evaluation, at an epoch's end: tensors and losses are equal."""
     run = tmp_path / "run"
     resolved = resolve_tiny(texts_file)
-    _stopped(resolved, run, number)
+    train_and_stop(resolved, run, number)
     fit(resolved, run, quiet=True)
-    _assert_same_models(run, trained_run)
+    assert_same_models(run, trained_run)
     keys = ("loss", "epoch", "tokens", "learning_rate", "grad_norm")
     assert _rows(run, "step", *keys) == _rows(trained_run, "step", *keys)
     keys = ("validation_bits_per_token", "best", "joint_validation_accuracy")
@@ -100,7 +62,7 @@ def test_a_stop_between_log_lines_changes_no_logged_loss(
 ) -> None:
     """A line's loss is the mean over its tokens, also of the steps before the stop."""
     resolved = resolve_tiny(texts_file, log_every_steps=5)
-    _stopped(resolved, tmp_path / "run", 4)
+    train_and_stop(resolved, tmp_path / "run", 4)
     fit(resolved, tmp_path / "run", quiet=True)
     single = _rows(trained_run, "step", "loss", "tokens")[:5]
     loss = np.array([row[2] for row in single])
@@ -109,38 +71,30 @@ def test_a_stop_between_log_lines_changes_no_logged_loss(
     assert first == (0, 5, pytest.approx((loss * tokens).sum() / tokens.sum(), rel=1e-6))
 
 
-def _unfinished_copy(run: Path, folder: Path, class_index: int = 0) -> tuple[Path, Path]:
-    """A copy of a finished run in which one class lacks `final/`, and that class's directory."""
-    shutil.copytree(run, folder, symlinks=True)
-    (class_directory,) = folder.glob(f"class-{class_index}-*")
-    shutil.rmtree(class_directory / "final")
-    return folder, class_directory
-
-
 def test_a_missing_final_is_exported_again(
     trained_run: Path, texts_file: Path, tmp_path: Path
 ) -> None:
     """All steps done but no final/, and a stale `best`: the export is that of the best step."""
-    run, directory = _unfinished_copy(trained_run, tmp_path / "run")
+    run, directory = unfinished_copy(trained_run, tmp_path / "run")
     best = (directory / "best").resolve()
     (directory / "best").unlink()
     (directory / "best").symlink_to("checkpoint-6" if best.name != "checkpoint-6" else "nowhere")
     fit(resolve_tiny(texts_file), run, quiet=True)
-    _assert_same_models(run, trained_run)
+    assert_same_models(run, trained_run)
 
 
 def test_a_damaged_best_checkpoint_is_chosen_anew(
     trained_run: Path, texts_file: Path, tmp_path: Path
 ) -> None:
     """When the best checkpoint is damaged, the next evaluation that is whole takes its place."""
-    run, directory = _unfinished_copy(trained_run, tmp_path / "run")
+    run, directory = unfinished_copy(trained_run, tmp_path / "run")
     newest, older = list_checkpoints(directory)
     assert (directory / "best").resolve() == newest.resolve()
     (newest / "model.safetensors").write_bytes(b"")
     (directory / "best").unlink()
     fit(resolve_tiny(texts_file), run, quiet=True)
     verify(directory / "best")
-    _assert_same_models(run, trained_run)  # the same step again, from the checkpoint before
+    assert_same_models(run, trained_run)  # the same step again, from the checkpoint before
     assert (directory / f"superseded-{newest.name}").is_dir()
     assert older in list_checkpoints(directory)
 
@@ -158,7 +112,7 @@ def test_final_is_the_best_step_not_the_last(
     trained_run: Path, texts_file: Path, tmp_path: Path
 ) -> None:
     """What a run ends with is the model of its best evaluation."""
-    run, directory = _unfinished_copy(trained_run, tmp_path / "run")
+    run, directory = unfinished_copy(trained_run, tmp_path / "run")
     newest, older = list_checkpoints(directory)
     step = read_state(older)[0].step
     _call_best(directory, newest, step)
@@ -174,14 +128,14 @@ def test_a_lost_best_checkpoint_is_forgotten(
     trained_run: Path, texts_file: Path, tmp_path: Path
 ) -> None:
     """A best step whose checkpoint is gone cannot be exported; this step is evaluated again."""
-    run, directory = _unfinished_copy(trained_run, tmp_path / "run")
+    run, directory = unfinished_copy(trained_run, tmp_path / "run")
     newest, older = list_checkpoints(directory)
     _call_best(directory, newest, read_state(older)[0].step)
     (directory / "best").unlink()
     (directory / "best").symlink_to(older.name)
     shutil.rmtree(older)
     fit(resolve_tiny(texts_file), run, quiet=True)
-    _assert_same_models(run, trained_run)
+    assert_same_models(run, trained_run)
     assert (directory / "best").resolve().name == newest.name
 
 
@@ -189,11 +143,11 @@ def test_resume_from_a_chosen_checkpoint(
     trained_run: Path, texts_file: Path, tmp_path: Path
 ) -> None:
     """--resume PATH goes back to it; what is newer is set aside, also from later starts."""
-    run, directory = _unfinished_copy(trained_run, tmp_path / "run", class_index=1)
+    run, directory = unfinished_copy(trained_run, tmp_path / "run", class_index=1)
     newest, older = list_checkpoints(directory)
     resolved = resolve_tiny(texts_file, keep_checkpoints=1)
     with pytest.MonkeyPatch.context() as patch:
-        _stop_at_question(patch, 3)
+        stop_at_question(patch, 3)
         with pytest.raises(StoppedEarly, match="SIGTERM"):
             fit(resolved, run, resume=str(older), quiet=True)
     step = read_state(older)[0].step
@@ -202,7 +156,7 @@ def test_resume_from_a_chosen_checkpoint(
     fit(resolved, run, quiet=True)
     resumed = [r["step"] for r in read_log(run) if r["event"] == "resume" and r["class_index"] == 1]
     assert resumed == [step, step + 2]
-    _assert_same_models(run, trained_run)
+    assert_same_models(run, trained_run)
 
 
 def test_what_cannot_be_resumed_from_is_said(
@@ -231,7 +185,7 @@ def test_resume_never_starts_anew_and_keeps_the_old(
     resolved = resolve_tiny(texts_file, learning_rate=1e-3, trackers=["tensorboard"], max_steps=2)
     fit(resolved, run, resume="never", quiet=True)
     (aside,) = run.glob("before-*")
-    _assert_same_models(aside, trained_run)
+    assert_same_models(aside, trained_run)
     assert (aside / "log.jsonl").read_text() == (trained_run / "log.jsonl").read_text()
     assert not (aside / "trackers").exists()
     assert list((run / "trackers").rglob("events.*"))
@@ -244,7 +198,7 @@ def test_a_stopped_run_leaves_its_tracker_rows(texts_file: Path, tmp_path: Path)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "run"
-    _stopped(resolve_tiny(texts_file, trackers=["tensorboard"]), run, 5)
+    train_and_stop(resolve_tiny(texts_file, trackers=["tensorboard"]), run, 5)
     events = EventAccumulator(str(next((run / "trackers").rglob("events.*")).parent)).Reload()
     (tag,) = (tag for tag in events.Tags()["scalars"] if tag.endswith("/loss"))
     assert [event.step for event in events.Scalars(tag)] == [1, 2, 3, 4]
@@ -254,7 +208,7 @@ def test_a_refused_start_writes_nothing(
     trained_run: Path, texts_file: Path, tmp_path: Path
 ) -> None:
     """Another recipe is refused before the run's own recipe.yaml is touched."""
-    run, directory = _unfinished_copy(trained_run, tmp_path / "run")
+    run, directory = unfinished_copy(trained_run, tmp_path / "run")
     names = sorted(path.name for path in directory.iterdir())
     before = (run / "recipe.yaml").read_text()
     with pytest.raises(UserError, match=r"optimizer was 'adamw' and is 'adafactor'"):
@@ -267,7 +221,7 @@ def test_changed_training_text_is_refused(
     trained_run: Path, texts_file: Path, tmp_path: Path
 ) -> None:
     """Half a run on one text and half on another is no experiment."""
-    run, _ = _unfinished_copy(trained_run, tmp_path / "run")
+    run, _ = unfinished_copy(trained_run, tmp_path / "run")
     changed = tmp_path / "texts.csv"
     changed.write_text(texts_file.read_text() + "rocket moon probe,orbit\n")
     recipe = (run / "recipe.yaml").read_text().replace(str(texts_file), str(changed))
@@ -281,9 +235,9 @@ def test_every_optimizer_resumes_exactly(texts_file: Path, tmp_path: Path, optim
     """Quantised and factored states come back as they were."""
     resolved = resolve_tiny(texts_file, optimizer=optimizer, max_steps=5)
     fit(resolved, tmp_path / "whole", quiet=True)
-    _stopped(resolved, tmp_path / "halves", 4)
+    train_and_stop(resolved, tmp_path / "halves", 4)
     fit(resolved, tmp_path / "halves", quiet=True)
-    _assert_same_models(tmp_path / "halves", tmp_path / "whole")
+    assert_same_models(tmp_path / "halves", tmp_path / "whole")
 
 
 def test_a_class_is_gone_before_the_next_one_is_built(
