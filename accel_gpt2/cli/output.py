@@ -11,6 +11,7 @@ from accel_gpt2.terminal import printable
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
+
 def is_main_process(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this process may talk: the only one, or rank 0 of those a launcher started.
 
@@ -48,7 +49,9 @@ def print_line(text: str) -> None:
 def print_json(document: object) -> None:
     """Data: the one JSON document of a `--json` answer, indented, NaN-free."""
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    if _SURROGATE.search(text):  # of a path that is not UTF-8, which JSON can hold as an escape only
+    if _SURROGATE.search(
+        text
+    ):  # of a path that is not UTF-8, which JSON can hold as an escape only
         text = json.dumps(document, indent=2, allow_nan=False)
     print_line(text)
 

@@ -355,22 +355,22 @@ def train_class(
                 f"{name}: every gradient of the first step is zero, so nothing would be learnt; "
                 "check the fine-tuning options (lora_target_modules, gradient_checkpointing)."
             )
-        if math.isfinite(grad_norm):
+        finite = math.isfinite(grad_norm)
+        if finite:
             optimizer.step()
             for item in micro_batch_losses:
                 running_loss += item.loss
             running_tokens += batch_tokens
             state.tokens += batch_tokens
             state.bad_steps_in_a_row = 0
-        else:
-            skip_step(micro_batch_losses, grad_norm)
-        optimizer.zero_grad()
-
         state.step += 1
         state.batch += 1
         if state.batch == len(schedule.epoch(state.epoch)):
             state.epoch, state.batch = state.epoch + 1, 0
         line_tokens += batch_tokens
+        if not finite:
+            skip_step(micro_batch_losses, grad_norm)
+        optimizer.zero_grad()
 
         if state.step % recipe.log_every_steps == 0 or state.step == schedule.total_steps:
             gather_loss()

@@ -41,18 +41,18 @@ def fitting_micro_batch_tokens(
     longest_first = np.argsort(-np.asarray(documents.lengths), kind="stable")
     longest = int(documents.lengths[longest_first[0]]) - 1
     while True:
-        num_documents = max(1, micro_batch_tokens // longest)
-        batch = [documents.document(int(i)) for i in longest_first[:num_documents]]
+        chosen = longest_first[: max(1, micro_batch_tokens // longest)]
+        batch = [documents.document(int(i)) for i in chosen]
         if _fits_on_all(model, batch, reserved_bytes, accelerator):
             return micro_batch_tokens
-        if num_documents == 1:
+        if len(batch) == 1:
             raise DoesNotFitError(
                 f"Out of memory with a micro batch of one document of {longest + 1} tokens; give "
                 "--gradient-checkpointing, a smaller --max-length, --finetuning lora, --optimizer "
                 "adamw_8bit, a smaller model or a larger machine."
             )
         # What comes next must be smaller: a micro batch holds whole documents.
-        micro_batch_tokens = min(micro_batch_tokens, num_documents * longest) // 2
+        micro_batch_tokens = min(micro_batch_tokens, len(batch) * longest) // 2
         on_halved(micro_batch_tokens)
 
 

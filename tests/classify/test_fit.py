@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from accel_gpt2.classify.evaluate import evaluate_run
@@ -24,15 +25,17 @@ from accel_gpt2.classify.prepare import prepare_data
 from accel_gpt2.classify.run import open_run
 from accel_gpt2.data.batching import epoch_batches
 from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
-from accel_gpt2.recipe import to_yaml
-from accel_gpt2.train.checkpoint import list_checkpoints, verify
+from accel_gpt2.recipe import read_layer, resolve, to_yaml
+from accel_gpt2.train.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, verify
 from accel_gpt2.train.model import build_model
+from accel_gpt2.train.schedule import BatchSchedule
 
 from .conftest import read_log, resolve_tiny
+from .two_processes import documents_noted, stopped_at_question
 
 # Dropout draws other numbers for other shapes. AdamW divides by the gradient's size, so where that
 # is near its default epsilon of 1e-8 it would turn a rounding difference into a whole step.
-ROUNDING_STAYS_SMALL: dict[str, Any] = {"dropout": 0.0, "adam_epsilon": 1e-5, "max_steps": 6}
+ROUNDING_STAYS_SMALL: dict[str, Any] = {"dropout": 0.0, "adam_epsilon": 1e-5, "max_steps": 8}
 
 
 def _final_weights(run: Path) -> list[dict[str, torch.Tensor]]:
@@ -173,6 +176,9 @@ def two_processes(
             (folder / f"{name}.yaml").write_text(to_yaml(resolved.recipe))
             fit(resolved, folder / f"one-{name}", quiet=True)
             evaluate_run(folder / f"one-{name}", quiet=True)
+            if name == "full":  # what two processes will go on from
+                stopped_at_question(4, resolved, folder / "one-to-two", rank=0)
+                shutil.copytree(folder / "one-to-two", folder / "one-stopped", symlinks=True)
         launched = {
             "WORLD_SIZE": "2",
             "LOCAL_WORLD_SIZE": "2",
@@ -218,13 +224,87 @@ def test_two_processes_train_the_model_of_one(two_processes: Path, finetuning: s
     assert metrics[0]["confusion_matrix"] == metrics[1]["confusion_matrix"]
 
 
-def test_a_signal_to_one_process_stops_both(two_processes: Path) -> None:
-    """Ranks agree to stop, save, and go on later to the very same model."""
+@pytest.mark.parametrize("number", [4, 8], ids=["within-an-epoch", "at-its-end"])
+@pytest.mark.parametrize("finetuning", ["full", "lora"])
+def test_two_processes_stopped_and_resumed_are_the_same(
+    two_processes: Path, finetuning: str, number: int
+) -> None:
+    """A signal to one process stops both, agreed and saved; bit for bit, losses and tensors."""
+    run = two_processes / f"two-{finetuning}-stopped-{number}"
     seen = _seen(two_processes)
-    assert [rank["stopped"] for rank in seen] == [ExitCode.STOPPED, ExitCode.STOPPED]
-    rows = read_log(two_processes / "two-stopped")
-    assert any(row["event"] == "resume" for row in rows)
-    _assert_equal_weights(two_processes / "two-stopped", two_processes / "two-full", rtol=0)
+    assert [rank[run.name] for rank in seen] == [ExitCode.STOPPED, ExitCode.STOPPED]
+    assert any(row["event"] == "resume" for row in read_log(run))
+    whole = two_processes / f"two-{finetuning}"
+    _assert_equal_weights(run, whole, rtol=0)
+    assert _losses(run) == _losses(whole)
+
+
+def test_another_number_of_processes_goes_on(two_processes: Path) -> None:
+    """From two to one and from one to two: the same state, and what an epoch has left, once."""
+    seen = _seen(two_processes)
+    assert [rank["to-one"] for rank in seen] == [ExitCode.STOPPED, ExitCode.STOPPED]
+    (by_one,), (by_two,) = (
+        list_checkpoints(two_processes / name / "class-0-kitchen")
+        for name in ("one-stopped", "two-to-one")
+    )
+    _assert_equal_state(read_checkpoint(by_one), read_checkpoint(by_two))
+
+    resolved = resolve([read_layer(two_processes / "full.yaml")])
+    with documents_noted() as documents:
+        fit(resolved, two_processes / "two-to-one", quiet=True)
+    for resumed in ("two-to-one", "one-to-two"):
+        _assert_equal_weights(two_processes / resumed, two_processes / "two-full", rtol=1e-5)
+
+    # Every document as often as the steps that were left have it, whichever process took it.
+    data = prepare_data(resolved.recipe, progress=False)
+    left: list[int] = []
+    for index in range(3):
+        mine = data.train.for_class(index)
+        schedule = BatchSchedule(data.train.lengths[mine], resolved.recipe)
+        batches = [*schedule.epoch(0), *schedule.epoch(1)][: schedule.total_steps]
+        done = 3 if index == 0 else 0
+        left += [int(row) for batch in batches[done:] for row in data.train.rows[mine][batch]]
+    assert sorted(documents) == sorted(left)
+    assert sorted(seen[0]["documents"] + seen[1]["documents"]) == sorted(left)
+
+
+def _assert_equal_state(one: Checkpoint, two: Checkpoint) -> None:
+    """Weights, moments and place of one process's checkpoint and of two processes' one."""
+    assert (one.state.step, one.state.tokens, one.state.epoch, one.state.batch) == (
+        two.state.step,
+        two.state.tokens,
+        two.state.epoch,
+        two.state.batch,
+    )
+    assert [len(item.random_states) for item in (one, two)] == [1, 2]
+    assert one.weights.keys() == two.weights.keys()
+    for name, tensor in one.weights.items():
+        torch.testing.assert_close(two.weights[name], tensor, rtol=1e-5, atol=1e-5)
+    states = [item.optimizer["optimizer"]["state"] for item in (one, two)]
+    assert states[0].keys() == states[1].keys()
+    for index, moments in states[0].items():
+        for name, tensor in moments.items():
+            torch.testing.assert_close(states[1][index][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_memory_that_runs_out_on_one_process_halves_on_both(two_processes: Path) -> None:
+    """The probe is agreed on, so the ranks stay in step, and the model is the same."""
+    run = two_processes / "two-memory"
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["micro_batch_tokens"] <= 40
+    assert [row["event"] for row in read_log(run)].count("micro_batch_halved") == 1
+    _assert_equal_weights(run, two_processes / "two-full", rtol=1e-5)
+
+
+def test_numbers_that_go_wrong_on_one_process_stop_both(two_processes: Path) -> None:
+    """The same sentence on both, and the documents of the process that had them."""
+    seen = _seen(two_processes)
+    assert "are not finite, and nothing was saved" in seen[0]["nan"]
+    assert seen[0]["nan"] == seen[1]["nan"]
+    (path,) = (two_processes / "two-nan").glob("class-0-*/nonfinite.jsonl")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(records) == 3
+    assert all(item["loss"] == "nan" for x in records for item in x["micro_batches"])
+    assert all(item["document_rows"] for x in records for item in x["micro_batches"])
 
 
 def test_a_failure_of_the_writing_process_reaches_all(two_processes: Path) -> None:

@@ -57,6 +57,31 @@ def test_stopped_anywhere_and_resumed_is_the_same(
     assert _rows(run, "evaluate", *keys) == _rows(trained_run, "evaluate", *keys)
 
 
+@pytest.mark.parametrize("micro_batch_tokens", [4096, 32], ids=["at-once", "accumulated"])
+@pytest.mark.parametrize("finetuning", ["full", "lora"])
+def test_every_way_of_training_resumes_exactly(
+    trained_run: Path, texts_file: Path, tmp_path: Path, finetuning: str, micro_batch_tokens: int
+) -> None:
+    """Full and LoRA, with and without accumulation, stopped within an epoch and after its end."""
+    changes: dict[str, Any] = {"micro_batch_tokens": micro_batch_tokens, "max_steps": 8}
+    if finetuning == "lora":
+        base = str(next(trained_run.glob("class-0-*/final")))
+        changes |= {"model": base, "init": "pretrained", "tokenizer": "auto"}
+        changes |= {"finetuning": "lora", "lora_dropout": 0.1}
+    resolved = resolve_tiny(texts_file, **changes)
+    fit(resolved, tmp_path / "whole", quiet=True)
+    stopped_at = []
+    for number in (4, 5):  # after 3 steps, then after 4 more, over the end of the epoch of 6
+        _stopped(resolved, tmp_path / "run", number)
+        newest = list_checkpoints(next((tmp_path / "run").glob("class-0-*")))[0]
+        stopped_at.append(read_state(newest)[0].step)
+    assert stopped_at[0] < 6 <= stopped_at[1]
+    fit(resolved, tmp_path / "run", quiet=True)
+    _assert_same_models(tmp_path / "run", tmp_path / "whole")
+    keys = ("loss", "epoch", "tokens", "grad_norm")
+    assert _rows(tmp_path / "run", "step", *keys) == _rows(tmp_path / "whole", "step", *keys)
+
+
 def test_a_stop_between_log_lines_changes_no_logged_loss(
     trained_run: Path, texts_file: Path, tmp_path: Path
 ) -> None:

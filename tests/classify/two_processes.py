@@ -15,12 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from accel_gpt2.classify.evaluate import evaluate_run
 from accel_gpt2.classify.fit import fit
+from accel_gpt2.data.tokenized import TokenizedDocuments
 from accel_gpt2.errors import StoppedEarly, UserError
 from accel_gpt2.recipe import ResolvedRecipe, read_layer, resolve
-from accel_gpt2.train.model import load_final
+from accel_gpt2.train.model import LanguageModel, load_final
 from accel_gpt2.train.processes import build_accelerator
 from accel_gpt2.train.scoring import score_documents
 from accel_gpt2.train.stopping import StopRequest
@@ -39,12 +41,26 @@ def main(folder: Path) -> None:
         evaluate_run(folder / f"two-{name}", quiet=True)
     seen["scores"] = fewer_documents_than_processes(full, folder / "two-full").tolist()
 
-    with signal_at_question(6, rank=1):
+    # In the middle of an epoch and at its end; both recipes accumulate.
+    for name, recipe in (("full", full), ("lora", lora)):
+        for number in (4, 8):
+            run = folder / f"two-{name}-stopped-{number}"
+            seen[run.name] = stopped_at_question(number, recipe, run)
+            fit(recipe, run, quiet=True)
+
+    # Another number of processes: one goes on from what two have written, and the reverse.
+    seen["to-one"] = stopped_at_question(4, full, folder / "two-to-one")
+    with documents_noted() as documents:
+        fit(full, folder / "one-to-two", quiet=True)
+    seen["documents"] = documents
+
+    with out_of_memory(40, rank=1):
+        fit(full, folder / "two-memory", quiet=True)
+    with nan_in_training(4, rank=1):
         try:
-            fit(full, folder / "two-stopped", quiet=True)
-        except StoppedEarly as stopped:
-            seen["stopped"] = int(stopped.exit_code)
-    fit(full, folder / "two-stopped", quiet=True)
+            fit(full, folder / "two-nan", quiet=True)
+        except UserError as error:
+            seen["nan"] = str(error)
 
     with disk_full_on_the_first_process():
         try:
@@ -66,6 +82,64 @@ def fewer_documents_than_processes(resolved: ResolvedRecipe, run: Path) -> np.nd
     model = load_final(next(run.glob("class-0-*/final")), resolved.recipe)
     accelerator = build_accelerator(resolved.recipe)
     return score_documents(model, OneDocument(), micro_batch_tokens=64, accelerator=accelerator)
+
+
+def stopped_at_question(number: int, recipe: ResolvedRecipe, run: Path, *, rank: int = 1) -> int:
+    """Train until a signal to one process at its `number`-th question; the exit code."""
+    with signal_at_question(number, rank=rank):
+        try:
+            fit(recipe, run, quiet=True)
+        except StoppedEarly as stopped:
+            return int(stopped.exit_code)
+    return 0
+
+
+@contextmanager
+def documents_noted() -> Iterator[list[int]]:
+    """The rows of the split that this process reads for training, in order."""
+    read = TokenizedDocuments.document
+    rows: list[int] = []
+
+    def noting(self: TokenizedDocuments, index: int) -> np.ndarray:
+        if sys._getframe(1).f_code.co_filename.endswith("loop.py"):
+            rows.append(int(self.rows[index]))
+        return read(self, index)
+
+    TokenizedDocuments.document = noting  # type: ignore[method-assign]
+    yield rows
+    TokenizedDocuments.document = read  # type: ignore[method-assign]
+
+
+@contextmanager
+def out_of_memory(limit_tokens: int, *, rank: int) -> Iterator[None]:
+    """One process has less memory than the other."""
+    forward = LanguageModel.forward
+
+    def limited(self: LanguageModel, input_ids: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        if rank == RANK and input_ids.numel() > limit_tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, input_ids, *rest)
+
+    LanguageModel.forward = limited  # type: ignore[method-assign]
+    yield
+    LanguageModel.forward = forward  # type: ignore[method-assign]
+
+
+@contextmanager
+def nan_in_training(calls: int, *, rank: int) -> Iterator[None]:
+    """On one process every loss after the first `calls` is NaN."""
+    forward = LanguageModel.forward
+    seen = 0
+
+    def broken(self: LanguageModel, *tensors: torch.Tensor) -> torch.Tensor:
+        nonlocal seen
+        seen += 1
+        loss = forward(self, *tensors)
+        return loss * float("nan") if rank == RANK and seen > calls else loss
+
+    LanguageModel.forward = broken  # type: ignore[method-assign]
+    yield
+    LanguageModel.forward = forward  # type: ignore[method-assign]
 
 
 @contextmanager

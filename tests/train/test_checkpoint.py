@@ -184,7 +184,9 @@ def test_a_write_that_fails_half_way_is_one_sentence(tmp_path: Path, limit_bytes
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"checkpoint-1 could not be written: File too large.*ulimit -f"):
+        with pytest.raises(
+            UserError, match=r"checkpoint-1 could not be written: File too large.*ulimit -f"
+        ):
             _save(tmp_path / "c", 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
