@@ -1,14 +1,14 @@
-"""Full and read-only disks: real ones, mounted for the test and made full or read-only under a run."""
+"""Full and read-only disks: real ones, mounted for a test, that change under a run."""
 
 import ctypes
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,7 +16,7 @@ from accel_gpt2.classify import fit as fit_module
 from accel_gpt2.classify.fit import fit
 from accel_gpt2.cli.errors import outcome
 from accel_gpt2.errors import ExitCode
-from accel_gpt2.train.checkpoint import list_checkpoints, save_checkpoint, verify
+from accel_gpt2.train.checkpoint import list_checkpoints, verify
 
 from .conftest import resolve_tiny
 from .runs import assert_same_models
@@ -39,13 +39,13 @@ class Disk:
         self._read_only = False
 
     def resize(self, num_bytes: int) -> None:
-        _mount(None, self.path, None, _MS_REMOUNT, f"size={num_bytes}")
+        _mount("tmpfs", self.path, "tmpfs", _MS_REMOUNT, f"size={num_bytes}")
 
     def make_read_only(self) -> None:
         # Mounted over itself first: a file that is open for writing, as a run's lock is, keeps a
         # mount from becoming read-only.
-        _mount(str(self.path), self.path, None, _MS_BIND, None)
-        _mount(None, self.path, None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY, None)
+        _mount(str(self.path), self.path, "none", _MS_BIND, "")
+        _mount("none", self.path, "none", _MS_REMOUNT | _MS_BIND | _MS_RDONLY, "")
         self._read_only = True
 
     def make_writable(self) -> None:
@@ -77,7 +77,7 @@ def _own_mounts() -> None:
     """Mounts of this process are its own, and gone with it however it ends."""
     if _libc().unshare(_CLONE_NEWNS) != 0:
         raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNS)")
-    _mount("none", Path("/"), None, _MS_REC | _MS_PRIVATE, None)
+    _mount("none", Path("/"), "none", _MS_REC | _MS_PRIVATE, "")
 
 
 def _mount(
@@ -122,9 +122,9 @@ def test_without_the_right_to_mount() -> None:
     tried = subprocess.run(["unshare", "-Urm", "true"], capture_output=True, text=True, check=False)
     if tried.returncode != 0:
         pytest.skip(f"no disk can be mounted here: {reason}; unshare -Urm: {tried.stderr.strip()}")
+    pytest_line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     inside = subprocess.run(
-        ["unshare", "-Urm", sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
-        + ["-p", "no:xdist", "--import-mode=importlib", __file__],
+        ["unshare", "-Urm", *pytest_line, "-rs", "--import-mode=importlib", __file__],
         env={**os.environ, _IN_NAMESPACE: "1"},
         capture_output=True,
         text=True,
@@ -138,7 +138,7 @@ def _ends_with_a_sentence(error: BaseException, *words: str) -> None:
     """The error fails the command with one sentence that holds these words."""
     code, text = outcome(error)
     assert code == ExitCode.FAILED
-    assert "\n" not in text and "--debug" not in text and "Errno" not in text, text
+    assert not re.search(r"\n|--debug|Errno", text), text
     for word in (*words, "start again to go on."):
         assert word in text, text
 
@@ -276,7 +276,7 @@ def test_trackers_on_a_full_disk(disk: Disk, texts_file: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("pages", [1, 2, 4, 8, 16, 32, 64])
 def test_a_disk_too_small_to_begin(disk: Disk, texts_file: Path, pages: int) -> None:
-    """recipe.yaml, the tokenizer, plan.json, the card: whichever has no room, it is one sentence."""
+    """recipe.yaml, the tokenizer, plan.json, the card: whatever has no room, it is a sentence."""
     disk.resize(pages * 4096)
     with pytest.raises(Exception, match=r"No space left|are free") as failed:
         fit(resolve_tiny(texts_file), disk.path / "run", quiet=True)
