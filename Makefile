@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test check format docs clean
+.PHONY: setup demo test check gpu-check format clean
 
 setup: $(INSTALLED)
 
@@ -30,6 +30,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# What only a GPU can show: precision, memory that really runs out, resume on the card.
+gpu-check: setup
+	$(BIN)/python -m pytest --override-ini addopts="-ra --import-mode=importlib" tests/gpu
 
 format: setup
 	$(BIN)/ruff format .

@@ -215,7 +215,16 @@ def _fit_classes(
         start = standing.checkpoint
         event = "start" if start is None else "resume"
         step = 0 if start is None else read_state(start)[0].step
-        log({"event": event, "class_index": index, "class_name": name, "step": step})
+        log(
+            {
+                "event": event,
+                "class_index": index,
+                "class_name": name,
+                "step": step,
+                "world_size": accelerator.num_processes,
+                "changed": {key: list(pair) for key, pair in standing.changed.items()},
+            }
+        )
         state = train_class(
             job, recipe, accelerator=accelerator, gpu=gpu, stop=stop, progress=progress, log=log
         )
