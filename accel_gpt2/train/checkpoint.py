@@ -17,6 +17,7 @@ import itertools
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,11 +219,6 @@ def inspect_checkpoint(directory: Path) -> tuple[TrainState, Identity]:
         UserError: when a file does not hold what belongs into it.
     """
     state, identity = read_state(directory)
-    if state.step > state.total_steps:
-        raise UserError(
-            f"{directory / STATE_FILE} cannot be read: it is at step {state.step} of "
-            f"{state.total_steps}."
-        )
     path = listed_file(directory, MODEL_FILE)
     with _reading(path), safe_open(path, framework="pt") as file:
         shapes = [tuple(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
@@ -240,11 +236,14 @@ def read_state(directory: Path) -> tuple[TrainState, Identity]:
     """
     path = listed_file(directory, STATE_FILE)
     content = read_json(_STATE_READER, path)
+    step, total_steps = content.state.step, content.state.total_steps
+    if step > total_steps:
+        raise UserError(f"{path} cannot be read: it is at step {step} of {total_steps}.")
     match = _NAME.fullmatch(directory.name)
-    if match is not None and int(match[1]) != content.state.step:
+    if match is not None and int(match[1]) != step:
         raise UserError(
-            f"{directory} holds step {content.state.step}: it was renamed or copied. Give it its "
-            "own name back, or remove it."
+            f"{directory} holds step {step}: it was renamed or copied. Give it its own name back, "
+            "or remove it."
         )
     return content.state, content.identity
 
@@ -302,7 +301,9 @@ def _read_optimizer(
     """The optimizer's state, checked to be one of parameters of these shapes."""
     path = listed_file(directory, OPTIMIZER_FILE)
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that are refused
+            content = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
     except Exception as error:  # of a dozen kinds, none of them documented
         raise UserError(
             f"{path} cannot be read as tensors and plain values ({type(error).__name__}), and "
