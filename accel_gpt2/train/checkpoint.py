@@ -373,9 +373,13 @@ def list_checkpoints(class_directory: Path) -> list[Path]:
 
 
 def newest_checkpoint(class_directory: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with any newer one."""
+    """The newest checkpoint that is whole, and what is wrong with any newer one.
+
+    Leftovers of a killed process go first: after its last save no other would clear them away, and
+    they may be as large as a checkpoint.
+    """
     with writing(class_directory):
-        finish_replacing(class_directory)
+        _remove_leftovers(class_directory)
     problems: list[str] = []
     for directory in list_checkpoints(class_directory):
         try:
