@@ -44,7 +44,7 @@ class StoppedEarly(Exception):
         self.exit_code = exit_code
 
 
-def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
+def nearest(word: str, known: list[str] | tuple[str, ...], *, cutoff: float = 0.6) -> str:
     """Return " Did you mean 'x'?" for the closest known word, or an empty string.
 
     >>> nearest("learning_rat", ["learning_rate", "seed"])
@@ -54,5 +54,6 @@ def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """
     import difflib
 
-    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    # Longer words than this are no slip, and comparing them takes seconds.
+    matches = difflib.get_close_matches(word[:100], known, n=1, cutoff=cutoff)
     return f" Did you mean {matches[0]!r}?" if matches else ""

@@ -16,6 +16,7 @@ _ADVICE = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room within the quota",
     errno.EROFS: "make the file system writable",
+    errno.ENAMETOOLONG: "choose a shorter path",
     errno.EIO: "check the disk and its connection (`dmesg` tells)",
     errno.EMFILE: "raise the limit on open files (`ulimit -n 65536`)",
     errno.ENFILE: "close what else has files open on this machine",

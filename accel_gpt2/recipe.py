@@ -246,6 +246,9 @@ def _strings(value: object) -> Iterator[str]:
         yield from itertools.chain.from_iterable(_strings(part) for part in value)
 
 
+_LONGEST_NAME = 4096  # of a path, on most systems
+
+
 @functools.cache
 def _strict_reader() -> "TypeAdapter[TrainRecipe]":
     from pydantic import TypeAdapter
@@ -260,11 +263,15 @@ def _sentence(problem: dict[str, Any], origins: Mapping[str, str]) -> str:
 
 
 def _contradictions(recipe: TrainRecipe) -> list[str]:
-    problems = [
-        f"{key} = {value!r}: a name is needed here."
-        for key in ("model", "tokenizer", "dataset", "train_split", "test_split", "profile")
-        if not (value := getattr(recipe, key)).strip()
-    ]
+    problems = []
+    for key in ("model", "tokenizer", "dataset", "train_split", "test_split", "profile"):
+        name = getattr(recipe, key)
+        if not name.strip():
+            problems.append(f"{key} = {name!r}: a name is needed here.")
+        if len(name) > _LONGEST_NAME:
+            problems.append(
+                f"{key} = '{name[:40]}...': no name and no path has {len(name):,} characters."
+            )
     if recipe.global_batch_tokens is None and recipe.global_batch_size is None:
         problems.append("global_batch_tokens and global_batch_size are both empty; give one.")
     row = MODELS.get(recipe.model)
@@ -298,6 +305,7 @@ def _contradictions(recipe: TrainRecipe) -> list[str]:
 
 
 _LARGEST_RECIPE_BYTES = 2**20
+_DEEPEST_RECIPE = 8  # a list in a mapping is all that it needs
 
 
 def read_layer(path: Path) -> Layer:
@@ -379,10 +387,16 @@ def _parse_yaml(text: str) -> object:
     import yaml
 
     try:
+        depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            # A few lines of aliases of aliases are more values than a memory holds.
+            # A few lines of aliases of aliases are more values than a memory holds, and a thousand
+            # brackets take seconds.
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError(f"*{event.anchor} refers to another value; write it out")
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST_RECIPE:
+                raise RecursionError
         return yaml.load(text, Loader=_recipe_loader())
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
@@ -418,15 +432,34 @@ def _refuse_tag(loader: Any, node: Any) -> object:
     raise ValueError(f"line {node.start_mark.line + 1} is tagged {node.tag}, which no value is")
 
 
+_OTHER_VARIABLES = ("CACHE", "DATA", "MODELS", "WAITED_FOR_BY")
+
+# The prefix alone makes names alike: this is one letter in ten.
+_SLIP = 0.9
+
+
 def environment_layer(environment: Mapping[str, str] = os.environ) -> Layer:
     """Recipe values from variables such as `ACCEL_GPT2_LEARNING_RATE`.
 
-    Variables with the prefix that are no recipe key (ACCEL_GPT2_DATA, ACCEL_GPT2_CACHE, ...) belong
-    to others and are left alone.
+    Others with the prefix (ACCEL_GPT2_DATA, ACCEL_GPT2_CACHE, ...) are left alone, unless one looks
+    like a recipe key with a slip in it.
+
+    Raises:
+        UsageError: naming such a variable and the one that is nearest.
 
     >>> dict(environment_layer({"ACCEL_GPT2_SEED": "3", "ACCEL_GPT2_DATA": "/data"}).values)
     {'seed': 3}
     """
+    known = [ENVIRONMENT_PREFIX + name for name in (*map(str.upper, FIELDS), *_OTHER_VARIABLES)]
+    slips = [
+        f"{name} is set and has no effect.{hint}"
+        for name in sorted(environment)
+        if name.startswith(ENVIRONMENT_PREFIX)
+        and name not in known
+        and (hint := nearest(name, known, cutoff=_SLIP))
+    ]
+    if slips:
+        raise UsageError("\n".join(slips))
     values = {
         key: parse_value(key, environment[ENVIRONMENT_PREFIX + key.upper()])
         for key in FIELDS

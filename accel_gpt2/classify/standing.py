@@ -1,6 +1,7 @@
 """How a run starts: where each class stands, what is refused, and what is written first."""
 
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -229,7 +230,7 @@ def _were(changes: Changes) -> str:
 
 def _chosen_checkpoint(resume: str, num_classes: int) -> tuple[int, Path]:
     path = Path(resume).resolve()  # `best` is a link that moves on
-    if not path.is_dir():
+    if not resume or not os.path.isdir(path):
         raise UsageError(f"--resume {resume}: give auto, never, or a checkpoint directory.")
     verify(path)
     if not (path / "state.json").is_file():

@@ -7,8 +7,8 @@ import traceback
 
 import typer
 
-from accel_gpt2.cli.output import is_main_process, say
-from accel_gpt2.errors import ExitCode, StoppedEarly
+from accel_gpt2.cli.output import check_ranks, is_main_process, say
+from accel_gpt2.errors import ExitCode, StoppedEarly, UsageError
 from accel_gpt2.failures import ending, is_expected, is_told
 from accel_gpt2.terminal import printable, shortened
 
@@ -41,7 +41,8 @@ def outcome(error: BaseException | None) -> tuple[int, str]:
         case _ if hasattr(error, "show") and hasattr(error, "format_message"):
             said = io.StringIO()  # the argument parser's own: usage, hint, and what is wrong
             error.show(file=said)
-            return int(ExitCode.USAGE), said.getvalue().strip()
+            text = said.getvalue().strip()
+            return int(ExitCode.USAGE), text if text.endswith((".", "?")) else f"{text}."
         case _ if is_expected(error) or is_told(error):
             return ending(error)
         case _:
@@ -72,6 +73,11 @@ def run(app: typer.Typer) -> None:
     global _show_traceback
     _show_traceback = False
     _encode_whatever_comes()
+    try:
+        check_ranks()
+    except UsageError as error:  # which process may talk is unknown, so this one does
+        sys.stderr.write(printable(f"{shortened(str(error))}\n"))
+        sys.exit(int(error.exit_code))
     try:
         code = app(standalone_mode=False) or ExitCode.DONE
     except SystemExit as exit_:

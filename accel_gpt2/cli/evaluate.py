@@ -10,6 +10,7 @@ from accel_gpt2.cli.errors import plain_app, run
 from accel_gpt2.cli.options import DebugOption, JsonOption, QuietOption, RunArgument
 from accel_gpt2.cli.output import is_main_process, print_json, print_table, say
 from accel_gpt2.cli.run_directory import RECIPE_FILE, require_run
+from accel_gpt2.errors import UsageError
 from accel_gpt2.recipe import read_layer, resolve
 
 
@@ -55,6 +56,11 @@ def evaluate_and_report(
             not to be had.
     """
     require_run(run_directory)
+    for option, name in (("--dataset", dataset), ("--split", split)):
+        if name is not None and not name.strip():
+            raise UsageError(
+                f"{option} {name!r}: a name is needed; leave it out for the run's own."
+            )
     from accel_gpt2.classify.evaluate import evaluate_run
 
     metrics = evaluate_run(run_directory, dataset=dataset, split=split, quiet=quiet)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Literal
 
+from accel_gpt2.errors import UsageError
 from accel_gpt2.terminal import printable
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -19,6 +20,32 @@ def is_main_process(environment: Mapping[str, str] = os.environ) -> bool:
     (True, True, False)
     """
     return environment.get("RANK", environment.get("LOCAL_RANK", "0")) == "0"
+
+
+def check_ranks(environment: Mapping[str, str] = os.environ) -> None:
+    """Check the variables by which a launcher numbers its processes, before anything reads them.
+
+    Raises:
+        UsageError: when one of them is no number, or the numbers do not go together.
+
+    >>> check_ranks({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"})
+    """
+    numbers = {}
+    for name, at_least in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)):
+        text = environment.get(name, str(at_least))
+        numbers[name] = int(text) if re.fullmatch("[0-9]{1,9}", text) else -1
+        if numbers[name] < at_least:
+            raise UsageError(
+                f"{name} = {text!r}: a launcher sets it to a whole number from {at_least}; unset "
+                "it, or start with `accelerate launch`."
+            )
+    for name in ("RANK", "LOCAL_RANK"):
+        if numbers[name] >= numbers["WORLD_SIZE"]:
+            raise UsageError(
+                f"{name} = '{numbers[name]}' and WORLD_SIZE = '{numbers['WORLD_SIZE']}': ranks "
+                "count from 0 to below the number of processes; unset both, or start with "
+                "`accelerate launch`."
+            )
 
 
 def say(text: str, *, style: str = "") -> None:

@@ -1,5 +1,6 @@
 """`predict`: which class a text belongs to, and how sure the classifier is."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,6 +65,9 @@ def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
     if texts and file is not None:
         raise UsageError("Texts and --file are both given; give one of them.")
     if file is not None:
+        if not os.path.isfile(file):  # a device has no end, and a pipe may wait for a writer
+            there = "is not a file" if os.path.exists(file) else "does not exist"
+            raise UsageError(f"{file} {there}; `... | accel-gpt2 predict RUN -` reads a pipe.")
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except OSError as error:
@@ -83,6 +87,11 @@ def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
             lines, source = sys.stdin.read().splitlines(), "stdin"
         except UnicodeDecodeError as error:
             raise UsageError(f"stdin is not UTF-8 text (byte {error.start}).") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            line.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UsageError(f"Text {number} of {source} is not UTF-8 text.") from None
     documents = [line for line in lines if line.strip()]
     if not documents:
         raise UsageError(f"There is no text in {source}: an empty text has no class.")

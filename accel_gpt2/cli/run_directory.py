@@ -38,7 +38,7 @@ def default_run_directory(recipe: TrainRecipe) -> Path:
 def _slug(name: str) -> str:
     if name.startswith((".", "/", "~")):  # a path: its last part says enough
         name = Path(name).stem or Path(name).resolve().name
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "unnamed"
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")[:80] or "unnamed"
 
 
 def prepare_run_directory(run_directory: Path, recipe: TrainRecipe, *, resume: str) -> None:
@@ -68,12 +68,13 @@ def check_run_directory(
     Args:
         heir_of: the process that started this one, and prepared the directory for it.
     """
-    if run_directory.exists() and not run_directory.is_dir():
+    # os.path, because to pathlib a name that is too long is an error and not an answer.
+    if os.path.exists(run_directory) and not os.path.isdir(run_directory):
         raise UsageError(f"{run_directory} is a file; give another --output-dir.")
     check_free(run_directory, heir_of=heir_of)
     recipe_path = run_directory / RECIPE_FILE
-    if not recipe_path.exists():
-        if run_directory.is_dir() and any(
+    if not os.path.exists(recipe_path):
+        if os.path.isdir(run_directory) and any(
             path.name not in _OF_A_START for path in run_directory.iterdir()
         ):
             raise UsageError(
@@ -103,8 +104,8 @@ def require_run(run_directory: Path) -> None:
     Raises:
         UsageError: when it is not.
     """
-    if not (run_directory / RECIPE_FILE).is_file():
-        what = "is not a run directory" if run_directory.exists() else "does not exist"
+    if not os.path.isfile(run_directory / RECIPE_FILE):
+        what = "is not a run directory" if os.path.exists(run_directory) else "does not exist"
         runs = sorted(path.parent for path in run_directory.parent.glob(f"*/{RECIPE_FILE}"))
         there = f" There are {', '.join(map(str, runs[:5]))}." if runs else ""
         raise UsageError(f"{run_directory} {what} (no {RECIPE_FILE} in it).{there}")

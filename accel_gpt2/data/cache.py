@@ -51,6 +51,9 @@ def cached_file(kind: str, key: str, suffix: str, build: Callable[[Path], None])
         return found
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    try:
         _remove_abandoned(folder)
         with _staging_file(folder, key) as staged:
             build(staged)
@@ -64,13 +67,17 @@ def cached_file(kind: str, key: str, suffix: str, build: Callable[[Path], None])
                 f"The disk of the cache folder {folder} is full; "
                 f"free some space or name another folder with {CACHE_VARIABLE}."
             ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(
-                f"The cache folder {folder} cannot be written ({error.strerror}); "
-                f"name another folder with {CACHE_VARIABLE}."
-            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise _unwritable(folder, error) from None
         raise
     return path
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"The cache folder {folder} cannot be written ({error.strerror}); "
+        f"name another folder with {CACHE_VARIABLE}."
+    )
 
 
 def _intact_file(folder: Path, key: str, suffix: str) -> Path | None:

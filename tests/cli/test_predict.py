@@ -36,7 +36,7 @@ def test_stdin_is_read_when_it_is_piped(monkeypatch: pytest.MonkeyPatch, typed: 
         (["a"], b"b\n", "Texts and --file are both given"),
         ([], b"\n \n", r"no text in .*texts\.txt"),
         ([], b"caf\xe9\n", r"texts\.txt is not UTF-8 text \(byte 3\)"),
-        ([], None, r"texts\.txt cannot be read: No such file"),
+        ([], None, r"texts\.txt does not exist"),
     ],
 )
 def test_what_is_no_text_is_a_sentence(

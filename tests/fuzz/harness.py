@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -20,6 +21,7 @@ from types import FrameType
 REFUSALS = (1, 2, 3)
 
 TIME_LIMIT_SECONDS = 30
+MEMORY_LIMIT_BYTES = 6 * 2**30
 LONGEST_LINE = 1000
 LONGEST_TALK = 6000
 
@@ -176,6 +178,7 @@ def run_command(
         _offline_hub(),
         _streams(stdin) as streams,
         _signal_handlers(),
+        _limited_memory(),
     ):
         signal.signal(signal.SIGALRM, stop_waiting)
         signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT_SECONDS)
@@ -238,8 +241,7 @@ def _variables(changes: Mapping[str, str | None]) -> Iterator[None]:
     try:
         yield
     finally:
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
+        os.environ.clear()
         os.environ.update(before)
 
 
@@ -284,6 +286,17 @@ def _streams(stdin: bytes) -> Iterator[Callable[[], tuple[str, str]]]:
             for number, descriptor in enumerate(kept, start=1):
                 os.dup2(descriptor, number)
                 os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _limited_memory() -> Iterator[None]:
+    # A command that reads /dev/zero to its end should fail here, not take the machine with it.
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT_BYTES, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 @contextlib.contextmanager
