@@ -1,5 +1,6 @@
 """How good is a run: every document scored once under every class, and what follows from it."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -8,18 +9,21 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from annotated_types import Ge
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from accel_gpt2.classify.baseline import tfidf_logistic_regression
 from accel_gpt2.classify.bayes import log_priors, predict
 from accel_gpt2.classify.calibration import Calibration
 from accel_gpt2.classify.card import write_card
+from accel_gpt2.classify.lock import hold
 from accel_gpt2.classify.metrics import (
     bits_per_byte_matrix,
     bits_per_token_matrix,
@@ -27,14 +31,20 @@ from accel_gpt2.classify.metrics import (
     mcnemar_exact,
     paired_accuracy_difference_interval,
 )
-from accel_gpt2.classify.run import CALIBRATION, PREPARE_LOCK, TRAINING_RECORD, Run, open_run
+from accel_gpt2.classify.run import (
+    CALIBRATION,
+    PREPARE_LOCK,
+    Run,
+    open_run,
+    read_training_record,
+)
 from accel_gpt2.data.cache import cache_directory
 from accel_gpt2.data.sources import TextData, load_documents, load_text_data
 from accel_gpt2.data.tokenized import TokenizedDocuments, tokenize_documents
-from accel_gpt2.data.tokenizer import load_saved_tokenizer
 from accel_gpt2.errors import UserError
 from accel_gpt2.train.checkpoint import MANIFEST, write_json
-from accel_gpt2.train.model import load_final
+from accel_gpt2.train.model import load_final, load_final_tokenizer
+from accel_gpt2.train.peers import watching_peers
 from accel_gpt2.train.processes import (
     build_accelerator,
     is_first_process,
@@ -67,10 +77,18 @@ def evaluate_run(
 
     Raises:
         UserError: when the run is not trained to the end, its text has changed since, or the
-            documents cannot be read.
+            documents cannot be read, or when another process is at work in the directory.
     """
     run = open_run(run_directory)
     talks = is_first_process()
+    with watching_peers(), hold(run_directory) if talks else contextlib.nullcontext():
+        return _evaluate(run, dataset=dataset, split=split, talks=talks, quiet=quiet)
+
+
+def _evaluate(
+    run: Run, *, dataset: str | None, split: str | None, talks: bool, quiet: bool
+) -> dict[str, Any]:
+    run_directory = run.directory
     with one_process_at_a_time(cache_directory() / PREPARE_LOCK):
         text = load_text_data(run.recipe, progress=talks and not quiet)
         if text.fingerprint != run.data_fingerprint:
@@ -83,7 +101,7 @@ def evaluate_run(
         documents = text.test if own else _other_documents(run, dataset, split)
         tokens = tokenize_documents(
             documents,
-            load_saved_tokenizer(run_directory / "tokenizer"),
+            load_final_tokenizer(run.final(0)),
             run.recipe.max_length,
             description="test",
             progress=talks and not quiet,
@@ -130,6 +148,20 @@ class Scores:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ScoreRecord:
+    """What a kept column of scores was made from, and what it holds."""
+
+    __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True, "allow_inf_nan": False}
+
+    key: str
+    digest: str
+    seconds: Annotated[float, Ge(0)]
+
+
+_RECORDS = TypeAdapter(list[_ScoreRecord])
+
+
 def _score(
     run: Run, tokens: TokenizedDocuments, path: Path, accelerator: Any, progress: TrainProgress
 ) -> Scores:
@@ -137,12 +169,12 @@ def _score(
     document_fingerprint = _fingerprint_documents(tokens)
     cached = _read_cached(path)
     columns: list[NDArray[np.float64]] = []
-    records: list[dict[str, Any]] = []
+    records: list[_ScoreRecord] = []
     for index, name in enumerate(run.class_names):
         manifest = (run.final(index) / MANIFEST).read_bytes()
         key = hashlib.sha256(manifest + document_fingerprint.encode()).hexdigest()
         known = cached.get(index)
-        if known is not None and known[0]["key"] == key:
+        if known is not None and known[0].key == key:
             records.append(known[0])
             columns.append(known[1])
             continue
@@ -167,13 +199,17 @@ def _score(
                 on_batch=on_batch,
             )
         )
-        records.append({"key": key, "seconds": time.monotonic() - started})
+        records.append(
+            _ScoreRecord(
+                key=key, digest=_digest(columns[-1]), seconds=time.monotonic() - started
+            )
+        )
         del model
         on_first_process(accelerator, partial(_write_scores, path, run, tokens, columns, records))
     on_first_process(accelerator, partial(_write_scores, path, run, tokens, columns, records))
     return Scores(
         log_likelihoods=np.stack(columns, axis=1),
-        seconds=sum(record["seconds"] for record in records),
+        seconds=sum(record.seconds for record in records),
     )
 
 
@@ -190,7 +226,7 @@ def _write_scores(
     run: Run,
     tokens: TokenizedDocuments,
     columns: list[NDArray[np.float64]],
-    records: list[dict[str, Any]],
+    records: list[_ScoreRecord],
 ) -> None:
     table: dict[str, NDArray[Any]] = {
         "document": tokens.rows.astype(np.int64),
@@ -204,22 +240,26 @@ def _write_scores(
         table["prediction"] = predict(np.stack(columns, axis=1), log_prior).astype(np.int64)
     for index, column in enumerate(columns):
         table[f"log_likelihood_{index}"] = column
-    arrow = pa.table(table).replace_schema_metadata({_FINGERPRINTS: json.dumps(records).encode()})
+    arrow = pa.table(table).replace_schema_metadata({_FINGERPRINTS: _RECORDS.dump_json(records)})
     staging = path.with_name(f".staging-{path.name}")
     pq.write_table(arrow, staging)
     staging.replace(path)
 
 
-def _read_cached(path: Path) -> dict[int, tuple[dict[str, Any], NDArray[np.float64]]]:
+def _read_cached(path: Path) -> dict[int, tuple[_ScoreRecord, NDArray[np.float64]]]:
+    """Kept scores by class; what is not there or damaged is left out, and computed again."""
     try:
         table = pq.read_table(path)
-        records = json.loads(table.schema.metadata[_FINGERPRINTS])
-        return {
-            index: (record, table[f"log_likelihood_{index}"].to_numpy())
-            for index, record in enumerate(records)
-        }
-    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException):
-        return {}  # not there, or damaged: computed again
+        records = _RECORDS.validate_json((table.schema.metadata or {}).get(_FINGERPRINTS, b""))
+        columns = [table[f"log_likelihood_{i}"].to_numpy() for i in range(len(records))]
+    except (OSError, KeyError, ValueError, pa.ArrowException):
+        return {}
+    known = enumerate(zip(records, columns, strict=True))
+    return {i: (record, column) for i, (record, column) in known if record.digest == _digest(column)}
+
+
+def _digest(column: NDArray[np.float64]) -> str:
+    return hashlib.sha256(column.tobytes()).hexdigest()
 
 
 def _metrics(
@@ -232,8 +272,7 @@ def _metrics(
     labels = tokens.labels.astype(np.int64)
     num_tokens = tokens.lengths.astype(np.int64) - 1
     log_prior = log_priors(run.class_counts, run.recipe.priors)
-    saved = json.loads((run.directory / CALIBRATION).read_text(encoding="utf-8"))
-    calibration = Calibration.from_json(saved)
+    calibration = Calibration.read(run.directory / CALIBRATION, len(run.class_names))
     seed = run.recipe.seed
     correct = predict(scores.log_likelihoods, log_prior) == labels
 
@@ -252,12 +291,9 @@ def _metrics(
         seed=seed,
     )
     majority = int(np.argmax(run.class_counts))
-    records = [
-        json.loads((run.final(i) / TRAINING_RECORD).read_text(encoding="utf-8"))
-        for i in range(len(run.class_names))
-    ]
-    seconds = sum(record["seconds"] for record in records)
-    document_tokens = sum(record["document_tokens"] for record in records)
+    records = [read_training_record(run.final(i)) for i in range(len(run.class_names))]
+    seconds = sum(record.seconds for record in records)
+    document_tokens = sum(record.document_tokens for record in records)
     price = run.recipe.price_usd_per_hour
     return {
         "model": run.recipe.model,
@@ -294,12 +330,12 @@ def _metrics(
         "majority_class_accuracy": float((labels == majority).mean()),
         "truncated_documents": int(tokens.truncated.sum()),
         "data_treatments": [dataclasses.asdict(treatment) for treatment in text.treatments],
-        "calibration": saved,
+        "calibration": json.loads((run.directory / CALIBRATION).read_text(encoding="utf-8")),
         "training": {
             "seconds": seconds,
             "document_tokens": document_tokens,
             "tokens_per_second": document_tokens / seconds if seconds > 0 else None,
-            "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records),
+            "peak_memory_bytes": max(record.peak_memory_bytes for record in records),
             "cost_usd": None if price is None else price * seconds / 3600,
         },
     }

@@ -197,6 +197,7 @@ def _watching_peers(trainer: Trainer) -> Iterator[None]:
     def last_words(error: Exception) -> None:
         trainer.record(error)
         report(error)
+        trainer.leave_run_directory()
 
     with watching_peers(last_words):
         yield

@@ -31,9 +31,10 @@ from accel_gpt2.terminal import printable
 
 POLL_SECONDS = 0.5
 # For the main thread of a survivor to leave by itself: enough to finish a checkpoint, less than the
-# 30 seconds after which torchrun kills. Who stops on purpose may have more to put away.
+# 30 seconds after which torchrun kills.
 GRACE_SECONDS = 20.0
-_STOPPING_GRACE_SECONDS = 120.0
+# For all processes to be there, at the start; they started together.
+_MEETING_SECONDS = 30.0
 # For the others to take notice, before a process that keeps their store leaves.
 _NOTICED_SECONDS = 5.0
 # For the end of a process to be seen after its connections have closed.
@@ -124,17 +125,29 @@ def watching_peers(last_words: LastWords = _say) -> Iterator[None]:
         return
     _watch = _Watch(last_words)
     try:
+        _watch.meet()
         yield
     except BaseException as error:
         with _signals_ignored():
             failure = _watch.leave(error)
         if failure is not None:
-            raise consequence(failure) from error
+            raise _told_where_nobody_else_tells(consequence(failure), failure) from error
         raise
     else:
         _watch.finish()
     finally:
         _watch = None
+
+
+def _told_where_nobody_else_tells(
+    error: PeerFailedError | StoppedEarly, failure: Failure
+) -> PeerFailedError | StoppedEarly:
+    """The first process talks for all, but not about its own sudden death."""
+    if failure.kind == "killed" and failure.rank == 0 and _rank() == 1:
+        sys.stderr.write(f"{error}\n")
+        sys.stderr.flush()
+        mark_as_told(error)
+    return error
 
 
 class _Watch:
@@ -150,7 +163,19 @@ class _Watch:
         self._failure: Failure | None = None
         # One thread at a time looks, so that both see the same.
         self._looking = threading.Lock()
-        threading.Thread(target=self._run, name="peers", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
+        self._thread.start()
+
+    def meet(self) -> None:
+        """Wait for all to be there; from then on, the death of any is noticed by all others."""
+
+        def met() -> bool:
+            everybody = len(self._processes) == len(self._others)
+            return everybody or self._failure is not None or not self._thread.is_alive()
+
+        _within(_MEETING_SECONDS, met)
+        if self._failure is not None:
+            raise consequence(self._failure)
 
     def _run(self) -> None:
         store = _connect(self._prefix)
@@ -158,21 +183,23 @@ class _Watch:
             return
         store.set(f"process/{self._rank}", json.dumps(asdict(_this_process())))
         self._store = store
-        while not self._ended.wait(POLL_SECONDS):
+        while not self._ended.wait(self._pause_seconds()):
             failure = self._look()
             if failure is not None:
                 break
         else:
             return
-        stopping = failure.kind == "stopped"
-        if self._ended.wait(_STOPPING_GRACE_SECONDS if stopping else GRACE_SECONDS):
+        if self._ended.wait(GRACE_SECONDS):
             return
-        error = consequence(failure)
+        error = _told_where_nobody_else_tells(consequence(failure), failure)
         try:
             self._last_words(error)
         finally:
             sys.stderr.flush()
             os._exit(error.exit_code)
+
+    def _pause_seconds(self) -> float:
+        return POLL_SECONDS if len(self._processes) == len(self._others) else 0.05
 
     def _look(self) -> Failure | None:
         """The failure of another process, once there is one; what is known needs no store."""
@@ -215,11 +242,12 @@ class _Watch:
         return process is not None and _within(_EVIDENCE_SECONDS, process.is_gone)
 
     def finish(self) -> None:
-        """This process has done its part."""
+        """This process has done its part, and its end is nobody's failure."""
         self._ended.set()
         with contextlib.suppress(RuntimeError), self._looking:
             if self._store is not None and self._failure is None:
                 self._store.set(f"done/{self._rank}", "")
+                self._store.set(f"noticed/{self._rank}", "")
 
     def leave(self, error: BaseException) -> Failure | None:
         """Tell the others why this process fails; or return another one's failure, if that is why.
@@ -227,10 +255,11 @@ class _Watch:
         What the others do not say is printed here, before they say anything.
         """
         try:
-            if isinstance(error, PeerFailedError):  # told in a collective, by `on_first_process`
-                self._notice()
-                return None
             mine = _failure_of(error, self._rank)
+            # Met by all in a collective: the first process's failure, or a stop agreed upon.
+            if isinstance(error, PeerFailedError) or (mine.kind == "stopped" and _in_a_group()):
+                self.finish()
+                return None
             lost = _is_lost_connection(error)
             other = self._look()
             if other is None and lost:
@@ -242,11 +271,6 @@ class _Watch:
             return None
         finally:
             self._ended.set()
-
-    def _notice(self) -> None:
-        with contextlib.suppress(RuntimeError):
-            if self._store is not None:
-                self._store.set(f"noticed/{self._rank}", "")
 
     def _tell(self, error: BaseException, mine: Failure, other: Failure | None) -> None:
         if mine.kind == "unexpected":
@@ -272,12 +296,11 @@ class _Watch:
         store.set(f"noticed/{self._rank}", "")
 
         def told() -> list[int]:
-            gone = {rank for rank, process in self._processes.items() if process.is_gone()}
-            return [r for r in self._others if r not in gone and store.check([f"noticed/{r}"])]
+            return [rank for rank in self._others if store.check([f"noticed/{rank}"])]
 
         def all_told() -> bool:
-            gone = [rank for rank, process in self._processes.items() if process.is_gone()]
-            return len(told()) + len(gone) >= len(self._others)
+            gone = {rank for rank, process in self._processes.items() if process.is_gone()}
+            return gone.union(told()) >= set(self._others)
 
         _within(_NOTICED_SECONDS, all_told)
         return told()
@@ -352,6 +375,12 @@ def _failure_of(error: BaseException, rank: int) -> Failure:
     elif is_expected(error):
         kind = "expected"
     return Failure(rank=rank, exit_code=code or ExitCode.FAILED, sentence=sentence, kind=kind)
+
+
+def _in_a_group() -> bool:
+    import torch
+
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _same(one: Failure, other: Failure) -> bool:
