@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from accel_gpt2.durable import make_directory, write_failure, write_text
+from accel_gpt2.durable import STAGING_PREFIX, make_directory, write_failure, writing
 from accel_gpt2.errors import UserError
 
 LOCK_FILE = "run.lock"
@@ -106,7 +106,7 @@ def claim(run_directory: Path) -> Iterator[None]:
         UserError: when another process is at work there, or nothing can be written.
     """
     with _locked(run_directory, heir_of=None) as owner:
-        write_text(run_directory / OWNER_FILE, json.dumps(asdict(owner)) + "\n")
+        _write_record(run_directory, owner)
     try:
         yield
     finally:
@@ -130,7 +130,7 @@ def hold(run_directory: Path, *, heir_of: int | None = None) -> Iterator[None]:
         yield
         return
     with _locked(run_directory, heir_of=heir_of) as owner:
-        write_text(run_directory / OWNER_FILE, json.dumps(asdict(owner)) + "\n")
+        _write_record(run_directory, owner)
         _held.add(key)
         try:
             yield
@@ -153,7 +153,10 @@ def _locked(run_directory: Path, *, heir_of: int | None) -> Iterator[Owner]:
     except OSError as error:
         raise write_failure(path, error) from error
     try:
-        locked = _lock(descriptor)
+        deadline = time.monotonic() + _WAIT_SECONDS
+        while (locked := _lock(descriptor)) is False and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            check_free(run_directory, heir_of=heir_of)
         owner = read_owner(run_directory)
         if locked is False:
             raise _taken(run_directory, owner)
@@ -176,22 +179,18 @@ def _lock(descriptor: int) -> bool | None:
         return None
     import fcntl
 
-    deadline = time.monotonic() + _WAIT_SECONDS
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except (BlockingIOError, PermissionError):
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(_POLL_SECONDS)
-        except OSError:  # ENOLCK, ENOSYS, EOPNOTSUPP: some network and FUSE file systems
-            return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # ENOLCK, ENOSYS, EOPNOTSUPP: some network and FUSE file systems
+        return None
+    return True
 
 
 def _settle(run_directory: Path, mine: Owner) -> None:
     """Without a lock: of several starts at the same moment, the one that wrote last goes on."""
-    write_text(run_directory / OWNER_FILE, json.dumps(asdict(mine)) + "\n")
+    _write_record(run_directory, mine)
     time.sleep(_SETTLE_SECONDS)
     owner = read_owner(run_directory)
     if owner != mine:
@@ -209,6 +208,14 @@ def _this_process(*, command: str | None = None, started_at: str | None = None) 
         command=typed if command is None else command,
         started_at=started_at or datetime.now().astimezone().isoformat(timespec="seconds"),
     )
+
+
+def _write_record(run_directory: Path, owner: Owner) -> None:
+    path = run_directory / OWNER_FILE
+    staging = path.with_name(f"{STAGING_PREFIX}{OWNER_FILE}-{os.getpid()}")
+    with writing(path):
+        staging.write_text(json.dumps(asdict(owner)) + "\n", encoding="utf-8")
+        staging.replace(path)
 
 
 def _remove_own_record(run_directory: Path) -> None:
