@@ -7,7 +7,7 @@ import numpy as np
 from accel_gpt2.classify.run import PREPARE_LOCK
 from accel_gpt2.data.cache import cache_directory
 from accel_gpt2.data.sources import TextData, load_text_data
-from accel_gpt2.data.tokenized import TokenizedDocuments, tokenize_documents
+from accel_gpt2.data.tokenized import Texts, TokenizedDocuments, tokenize_documents
 from accel_gpt2.data.tokenizer import TextTokenizer, load_tokenizer
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.processes import one_process_at_a_time
@@ -37,7 +37,7 @@ def prepare_data(recipe: TrainRecipe, *, progress: bool) -> PreparedData:
     """
     with one_process_at_a_time(cache_directory() / PREPARE_LOCK):
         text = load_text_data(recipe, progress=progress)
-        tokenizer = load_tokenizer(recipe, text.train["text"], progress=progress)
+        tokenizer = load_tokenizer(recipe, Texts(text.train), progress=progress)
         train, validation = (
             tokenize_documents(
                 split, tokenizer, recipe.max_length, description=name, progress=progress

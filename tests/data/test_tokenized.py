@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from accel_gpt2.data import tokenized
-from accel_gpt2.data.tokenized import TokenizedDocuments, tokenize_documents
+from accel_gpt2.data.tokenized import Texts, TokenizedDocuments, tokenize_documents
 from accel_gpt2.data.tokenizer import TextTokenizer, load_gpt2_tokenizer
 
 GPT2 = load_gpt2_tokenizer()
@@ -66,6 +66,14 @@ def test_documents_are_what_the_tokenizer_says() -> None:
         "rows": "int64",
         "truncated": "bool",
     }
+
+
+def test_texts_are_read_again_and_in_order() -> None:
+    """Also those of a selection: a tokenizer reads them once for its key and once to train."""
+    documents = _documents([str(number) for number in range(1000)])
+    texts = Texts(documents.select(range(999, 400, -1)))
+    expected = [str(number) for number in range(999, 400, -1)]
+    assert [list(texts), list(texts)] == [expected, expected]
 
 
 def test_selections_share_the_tokens() -> None:
