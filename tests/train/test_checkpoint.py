@@ -445,7 +445,7 @@ def _adamw(*shapes: tuple[int, ...]) -> dict[str, Any]:
 
 class _Malice:
     def __reduce__(self) -> tuple[object, tuple[str, ...]]:
-        return (os.mkdir, ("/tmp/accel-gpt2-unpickled",))
+        return (os.mkdir, ("unpickled",))
 
 
 @pytest.mark.parametrize(
@@ -489,9 +489,14 @@ class _Malice:
     ],
 )
 def test_what_a_whole_checkpoint_may_not_hold(
-    tmp_path: Path, name: str, write: Callable[[Path], object], message: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    write: Callable[[Path], object],
+    message: str,
 ) -> None:
     """Files that agree with their manifest are read strictly all the same; no pickle runs."""
+    monkeypatch.chdir(tmp_path)
     directory = _save(tmp_path / "c", 8)
     inspect_checkpoint(directory)
     forge(directory, name, write)
@@ -500,7 +505,7 @@ def test_what_a_whole_checkpoint_may_not_hold(
         with pytest.raises(UserError, match=message) as refused:
             read(directory)
         assert "\n" not in str(refused.value)
-    assert not Path("/tmp/accel-gpt2-unpickled").exists()
+    assert not (tmp_path / "unpickled").exists()
 
 
 def test_only_what_the_manifest_lists_is_read(tmp_path: Path) -> None:
