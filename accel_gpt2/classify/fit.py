@@ -97,6 +97,7 @@ def fit(
         start_trackers(accelerator)
         try:
             with TrainProgress(shown=talks, quiet=quiet) as progress:
+                stop.announce = progress.note
                 _fit_classes(
                     recipe,
                     run_directory,

@@ -1,5 +1,6 @@
 """What a person sees while models train: two live lines on a terminal, plain ones elsewhere."""
 
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -19,11 +20,15 @@ _PLAIN_SECONDS = 10.0
 class _TwoLines(Progress):
     """A bar, and the facts below it: side by side they do not fit into 80 columns."""
 
+    note = ""
+
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
         for task in self.tasks:
             if task.fields["facts"]:
                 yield Text(task.fields["facts"], no_wrap=True, overflow="ellipsis")
+        if self.note:
+            yield Text(self.note, style="yellow")
 
 
 class TrainProgress:
@@ -92,6 +97,13 @@ class TrainProgress:
         ):
             self._last_plain = time.monotonic()
             self._write(f"{description} {completed}/{total} {facts}".rstrip())
+
+    def note(self, line: str) -> None:
+        """A line below the bar; safe in a signal handler, where nothing may be printed."""
+        if self._live:
+            self._progress.note = line  # the display's own thread shows it
+        elif self._shown:
+            os.write(2, f"{line}\n".encode())
 
     def say(self, line: str) -> None:
         """A line that stays."""

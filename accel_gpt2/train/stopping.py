@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
@@ -75,6 +75,7 @@ class StopRequest:
     def __init__(self, limits: Sequence[Limit] = (), *, saved: bool = False) -> None:
         self.preparing = True
         self.saved = saved  # whether there is work on the disk to go on from
+        self.announce: Callable[[str], None] = _write  # called from a signal handler
         self._limits = tuple(limits)
         self._started = time.monotonic()
         self._reserve_seconds = 0.0
@@ -110,14 +111,14 @@ class StopRequest:
         now = time.monotonic()
         if number == signal.SIGINT and self._signal == signal.SIGINT:
             if now - self._signal_time >= _SECOND_INTERRUPT_SECONDS:
-                _write("\nLeaving at once; the last whole checkpoint stands.\n")
+                _write("Leaving at once; the last whole checkpoint stands.")
                 os._exit(ExitCode.INTERRUPTED)
             return
         self._signal, self._signal_time, self._cause = number, now, _BY_SIGNAL
         if self.preparing:
             raise self.error()
         if number == signal.SIGINT:
-            _write("\nFinishing the step and saving; Ctrl-C again leaves at once.\n")
+            self.announce("Finishing the step and saving; Ctrl-C again leaves at once.")
 
     def requested(self, device: torch.device) -> bool:
         """Whether to stop now; every rank gets the same answer.
@@ -152,4 +153,4 @@ class StopRequest:
 def _write(text: str) -> None:
     # Not through sys.stderr: the handler may have interrupted a write to it.
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, text.encode())
+        os.write(2, f"\n{text}\n".encode())

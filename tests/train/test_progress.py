@@ -43,6 +43,22 @@ def test_without_a_terminal_lines_are_plain(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err == f"kitchen (1/3) 2/2 {FACTS}\nvalidation 6/6\n[done] 100%\n"
 
 
+def test_a_note_is_a_line_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    """Below the bar on a terminal, which is drawn anew anyway; a plain line elsewhere."""
+    note = "Finishing the step and saving; Ctrl-C again leaves at once."
+    progress = TrainProgress(shown=True, quiet=True)
+    progress._live = True
+    progress.note(note)
+    screen = io.StringIO()
+    console = Console(file=screen, width=80, force_terminal=True, color_system=None)
+    console.print(progress._progress.get_renderable())
+    assert screen.getvalue().splitlines()[-1].rstrip() == note
+    assert capfd.readouterr().err == ""
+    TrainProgress(shown=True, quiet=True).note(note)
+    TrainProgress(shown=False, quiet=True).note(note)
+    assert capfd.readouterr().err == f"{note}\n"
+
+
 def test_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     """Of several processes only the first one talks."""
     with TrainProgress(shown=False, quiet=False) as progress:
