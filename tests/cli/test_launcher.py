@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ from accel_gpt2.cli.launcher import (
     run_launch,
     training_launch,
 )
-from accel_gpt2.cli.run_directory import running_trainer
+from accel_gpt2.classify.lock import claim, read_owner, working_owner
 from accel_gpt2.errors import DoesNotFitError, ExitCode, StoppedEarly, UserError
 
 # Like accelerate's simple launcher: starts the script, and turns its failure into 1.
@@ -100,7 +100,7 @@ def start_parent(launch: Launch) -> "subprocess.Popen[str]":
         "from accel_gpt2.cli.errors import run\n"
         "from accel_gpt2.cli.launcher import Launch, run_launch\n"
         "launch = Launch(argv=tuple(sys.argv[2:]), run_directory=Path(sys.argv[1]))\n"
-        "run(lambda: sys.exit(run_launch(launch)))\n"
+        "run(lambda **options: sys.exit(run_launch(launch)))\n"
     )
     return subprocess.Popen(
         [sys.executable, "-c", program, str(launch.run_directory), *launch.argv],
@@ -115,11 +115,16 @@ def ended(parent: "subprocess.Popen[str]") -> tuple[int, str]:
     return parent.returncode, said
 
 
-def wait_for(path: Path, seconds: float = 30.0) -> None:
+def wait_for(path: Path) -> None:
     """Wait until a file is there."""
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
+    wait_until(path.exists)
+
+
+def wait_until(happens: Callable[[], bool]) -> None:
+    """Wait until something is true, at most half a minute."""
+    deadline = time.monotonic() + 30
+    while not happens():
+        assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)
 
 
@@ -177,7 +182,7 @@ def test_a_signal_to_the_parent_lets_the_trainer_save(
     parent.send_signal(sent)
     assert ended(parent)[0] == ExitCode.STOPPED
     assert (run_directory / "saved").read_text("utf-8") == received
-    assert not (run_directory / "trainer.pid").exists()
+    assert read_owner(run_directory) is None
 
 
 def test_a_second_interrupt_is_passed_on(run_directory: Path) -> None:
@@ -205,9 +210,9 @@ def test_a_dead_launcher_makes_the_trainer_save_and_the_parent_waits(
     run_directory: Path, parent: "subprocess.Popen[str]"
 ) -> None:
     """The kernel tells the trainer that its launcher was killed; the parent still gets its code."""
-    trainer = running_trainer(run_directory)
+    trainer = working_owner(run_directory)
     assert trainer is not None
-    launcher_pid = int(Path(f"/proc/{trainer}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    launcher_pid = int(Path(f"/proc/{trainer.pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
     os.kill(launcher_pid, signal.SIGKILL)
     assert ended(parent)[0] == ExitCode.STOPPED
     assert (run_directory / "saved").read_text("utf-8") == "SIGTERM"
@@ -220,7 +225,7 @@ def test_a_killed_parent_leaves_no_trainer_running(
     parent.kill()
     wait_for(run_directory / "saved")
     wait_for(run_directory / "status.json")
-    assert running_trainer(run_directory) is None
+    wait_until(lambda: working_owner(run_directory) is None)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +255,8 @@ def test_a_signal_before_the_trainer_is_there_ends_the_launcher(
         (StoppedEarly("The time limit is reached.", ExitCode.LIMIT_REACHED), 4, "The time limit"),
         (ValueError("bad"), 1, "ValueError: bad. Run again with --debug"),
         (KeyboardInterrupt(), 130, "Interrupted."),
-        (MemoryError(), 1, "MemoryError. Run again with --debug"),
+        (MemoryError(), 3, "The machine ran out of memory. What was saved before is intact"),
+        (OSError(28, "No space left on device"), 1, "No space left on device. What was saved"),
     ],
 )
 def test_the_trainer_says_how_it_ended(
@@ -258,13 +264,13 @@ def test_the_trainer_says_how_it_ended(
 ) -> None:
     """status.json holds code, message and process of whatever ended the training."""
     with pytest.raises(type(error)), recorded_outcome(run_directory):  # noqa: PT012
-        assert running_trainer(run_directory) == os.getpid()
+        assert getattr(read_owner(run_directory), "pid", None) == os.getpid()
         raise error
     status = json.loads((run_directory / "status.json").read_text("utf-8"))
     assert status["exit_code"] == code
     assert status["message"].startswith(message)
     assert status["pid"] == os.getpid()
-    assert running_trainer(run_directory) is None
+    assert read_owner(run_directory) is None
 
 
 def test_other_ranks_do_not_write(run_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,13 +286,6 @@ def test_nothing_is_written_before_the_run_directory_exists(tmp_path: Path) -> N
     with pytest.raises(UserError, match="no data"), recorded_outcome(tmp_path / "run"):
         raise UserError("no data")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_process_number_that_was_given_away_is_not_a_trainer(run_directory: Path) -> None:
-    """A trainer.pid of last week whose number another process has now does not block a run."""
-    record = {"pid": os.getpid(), "create_time": 1.0}
-    (run_directory / "trainer.pid").write_text(json.dumps(record), "utf-8")
-    assert running_trainer(run_directory) is None
 
 
 def test_the_command_can_be_typed_as_printed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -242,9 +243,11 @@ def test_two_trainers_do_not_share_a_run_directory(texts: Path, begun: Path) -> 
 
     with subprocess.Popen(["sleep", "60"]) as other:
         created = psutil.Process(other.pid).create_time()
-        (begun / "trainer.pid").write_text(json.dumps({"pid": other.pid, "create_time": created}))
+        record = {"pid": other.pid, "create_time": created, "host": socket.gethostname()}
+        record |= {"command": "accel-gpt2 train", "started_at": "2026-11-23T08:00:00+00:00"}
+        (begun / "owner.json").write_text(json.dumps(record))
         given = options(model="gpt2-tiny", dataset=str(texts), output_dir=begun)
-        with pytest.raises(UserError, match=rf"Process {other.pid} is training in"):
+        with pytest.raises(UserError, match=rf"Process {other.pid} on .* is at work in"):
             launch_training(given, Recorder())
         other.kill()
     assert launch_training(given, Recorder()) == 0
