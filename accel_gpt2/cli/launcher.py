@@ -287,13 +287,9 @@ class Trainer:
 
 @contextlib.contextmanager
 def recorded_outcome(run_directory: Path) -> Iterator[Trainer]:
-    """The trainer's side: hold the run directory and, whatever happens, say how the block ended.
+    """The trainer's side: whatever happens, say how the block ended, once it has the directory.
 
-    A run directory that is not there yet is for the block to take, once it has been made. Until the
-    training installs its own handlers, SIGTERM and SIGUSR1 raise `StoppedEarly` here.
-
-    Raises:
-        UserError: when another process is at work in the run directory.
+    Until the training installs its own handlers, SIGTERM and SIGUSR1 raise `StoppedEarly` here.
     """
     trainer = Trainer(run_directory)
     if not is_main_process():
@@ -301,8 +297,6 @@ def recorded_outcome(run_directory: Path) -> Iterator[Trainer]:
         return
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _stop_before_training)
-    if run_directory.is_dir():
-        trainer.take_run_directory()
     error: BaseException | None = None
     try:
         yield trainer

@@ -170,15 +170,9 @@ def train_here(options: TrainOptions) -> None:
         if is_main_process():
             show_recipe(choice.resolved)
         return
-    if is_main_process():
-        check_run_directory(
-            choice.run_directory,
-            choice.resolved.recipe,
-            resume=options.resume,
-            heir_of=starter(),
-        )
     try:
         with recorded_outcome(choice.run_directory) as trainer, _watching_peers(trainer):
+            _check_and_take(choice, options, trainer)
             _train(choice, options, trainer)
     except StoppedEarly:
         # A launcher adds a traceback to any exit code but 0; who waits reads status.json instead.
@@ -201,6 +195,15 @@ def _watching_peers(trainer: Trainer) -> Iterator[None]:
 
     with watching_peers(last_words):
         yield
+
+
+def _check_and_take(choice: TrainChoice, options: TrainOptions, trainer: Trainer) -> None:
+    """A directory that is not there yet is taken when it is made, once nothing else is wrong."""
+    directory, recipe = choice.run_directory, choice.resolved.recipe
+    if is_main_process():
+        check_run_directory(directory, recipe, resume=options.resume, heir_of=starter())
+        if directory.is_dir():
+            trainer.take_run_directory()
 
 
 def _train(choice: TrainChoice, options: TrainOptions, trainer: Trainer) -> None:

@@ -278,10 +278,10 @@ class _Watch:
             mark_as_told(error)
         if other is None:
             _note_for_torchrun(mine)
-        told: list[int] = []
+        told = set() if other is None else {other.rank}
         if _within(_NOTICED_SECONDS, lambda: self._store is not None):
             with contextlib.suppress(RuntimeError):
-                told = self._publish(mine)
+                self._publish(mine, told)
         # The first process talks for all, also about what has happened to another one.
         if mine.kind == "expected" and self._rank != 0:
             if 0 not in told:
@@ -289,21 +289,18 @@ class _Watch:
             mark_as_told(error)
         sys.stderr.flush()
 
-    def _publish(self, mine: Failure) -> list[int]:
-        """Leave a notice, unless there is one; wait a little for the others to see it."""
+    def _publish(self, mine: Failure, told: set[int]) -> None:
+        """Leave a notice, unless there is one; wait a little for the others to be `told`."""
         store = self._store
         store.compare_set("failure", "", json.dumps(asdict(mine)))
         store.set(f"noticed/{self._rank}", "")
 
-        def told() -> list[int]:
-            return [rank for rank in self._others if store.check([f"noticed/{rank}"])]
-
         def all_told() -> bool:
+            told.update(rank for rank in self._others if store.check([f"noticed/{rank}"]))
             gone = {rank for rank, process in self._processes.items() if process.is_gone()}
-            return gone.union(told()) >= set(self._others)
+            return told | gone >= set(self._others)
 
         _within(_NOTICED_SECONDS, all_told)
-        return told()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -425,7 +422,7 @@ def _within(seconds: float, happens: Callable[[], bool]) -> bool:
     while not happens():
         if time.monotonic() >= deadline:
             return False
-        time.sleep(0.05)
+        time.sleep(0.01)
     return True
 
 

@@ -6,6 +6,7 @@ The processes are real; only what they do instead of training is small.
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -46,7 +48,8 @@ from accel_gpt2.errors import ExitCode, StoppedEarly
 run_directory = Path(sys.argv[1])
 stop_with_parent()
 got = []
-with recorded_outcome(run_directory):
+with recorded_outcome(run_directory) as this:
+    this.take_run_directory()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: got.append(signal.Signals(number).name))
     (run_directory / "training").touch()
@@ -137,7 +140,8 @@ def test_the_trainers_exit_code_comes_through_the_launcher(
         import sys
         from pathlib import Path
         from accel_gpt2.cli.launcher import recorded_outcome
-        with recorded_outcome(Path(sys.argv[1])):
+        with recorded_outcome(Path(sys.argv[1])) as this:
+            this.take_run_directory()
             sys.exit({int(code)})
     """
     assert run_launch(launch_of(run_directory, trainer)) == code
@@ -151,7 +155,8 @@ def test_a_killed_trainer_is_no_success(run_directory: Path) -> None:
         import os, signal, sys
         from pathlib import Path
         from accel_gpt2.cli.launcher import recorded_outcome
-        with recorded_outcome(Path(sys.argv[1])):
+        with recorded_outcome(Path(sys.argv[1])) as this:
+            this.take_run_directory()
             os.kill(os.getpid(), signal.SIGKILL)
     """
     with pytest.raises(UserError, match=r"killed before it could say why, perhaps because memory"):
@@ -263,7 +268,8 @@ def test_the_trainer_says_how_it_ended(
     run_directory: Path, error: BaseException, code: int, message: str
 ) -> None:
     """status.json holds code, message and process of whatever ended the training."""
-    with pytest.raises(type(error)), recorded_outcome(run_directory):  # noqa: PT012
+    with pytest.raises(type(error)), recorded_outcome(run_directory) as this:  # noqa: PT012
+        this.take_run_directory()
         assert getattr(read_owner(run_directory), "pid", None) == os.getpid()
         raise error
     status = json.loads((run_directory / "status.json").read_text("utf-8"))
@@ -276,9 +282,52 @@ def test_the_trainer_says_how_it_ended(
 def test_other_ranks_do_not_write(run_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only rank 0 speaks for the run."""
     monkeypatch.setenv("RANK", "1")
-    with recorded_outcome(run_directory):
-        pass
+    with recorded_outcome(run_directory) as this:
+        this.take_run_directory()
     assert list(run_directory.iterdir()) == []
+
+
+def test_a_refused_trainer_does_not_speak_for_the_other_run(run_directory: Path) -> None:
+    """Whoever finds another process at work leaves no status in its run directory."""
+    with subprocess.Popen(["sleep", "60"]) as other:
+        record = {
+            "pid": other.pid,
+            "create_time": psutil.Process(other.pid).create_time(),
+            "host": socket.gethostname(),
+            "command": "accel-gpt2 train",
+            "started_at": "2026-11-23T08:00:00+00:00",
+        }
+        (run_directory / "owner.json").write_text(json.dumps(record), "utf-8")
+        with (
+            pytest.raises(UserError, match=rf"Process {other.pid} on .* is at work in"),
+            recorded_outcome(run_directory) as this,
+        ):
+            this.take_run_directory()
+        assert [path.name for path in run_directory.iterdir()] == ["owner.json"]
+        other.kill()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+def test_on_a_full_disk_the_status_still_gets_its_place(tmp_path: Path) -> None:
+    """What the trainer says must not be lost for want of one block: the lock's record makes room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount")
+    try:
+        run_directory = disk / "run"
+        run_directory.mkdir()
+        with pytest.raises(OSError, match="No space"), recorded_outcome(run_directory) as this:  # noqa: PT012
+            this.take_run_directory()
+            with (run_directory / "log.jsonl").open("wb", buffering=0) as log:
+                while True:
+                    log.write(b"x" * 4096)
+        status = json.loads((run_directory / "status.json").read_text("utf-8"))
+        assert status["exit_code"] == 1
+        assert status["message"].startswith("No space left on device")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_nothing_is_written_before_the_run_directory_exists(tmp_path: Path) -> None:
@@ -386,7 +435,8 @@ def test_accelerate_itself_starts_the_trainer_and_stays_quiet(
             from accel_gpt2.cli.launcher import recorded_outcome
             from accel_gpt2.errors import ExitCode, StoppedEarly
             run_directory = Path(sys.argv[2].partition("=")[2])
-            with recorded_outcome(run_directory):
+            with recorded_outcome(run_directory) as this:
+                this.take_run_directory()
                 names = ("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS")
                 (run_directory / "seen").write_text(" ".join(os.environ[n] for n in names))
                 sys.exit(75)
