@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test check gpu-check format clean
+.PHONY: setup demo test torture check gpu-check format clean
 
 setup: $(INSTALLED)
 
@@ -24,6 +24,14 @@ demo: setup
 # Format, lint, types, import rules and generated files, then every test.
 test: check
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+
+# Hundreds of kills and signals and thousands of malformed inputs, half an hour; the counts go to
+# docs/benchmarks/. TORTURE_SEED=1 draws other moments.
+TORTURE_SEED ?= 0
+torture: setup
+	$(BIN)/python -m pytest tests/breaking tests/fuzz --numprocesses 2 --dist loadscope \
+		--torture --torture-seed $(TORTURE_SEED) \
+		--torture-report docs/benchmarks/$$(date +%F)-torture.md
 
 check: setup
 	$(BIN)/ruff format --check .

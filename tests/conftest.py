@@ -2,6 +2,7 @@
 
 import os
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,39 @@ _WORDS = {
     "orbit": ["moon", "rocket", "thrust", "planet", "probe", "gravity", "launch", "crater"],
 }
 _SHARED = ["the", "a", "and", "very", "slowly", "near", "old", "some", "they", "saw"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("torture", "breaking things for longer (`make torture`)")
+    group.addoption(
+        "--torture", action="store_true", help="the long form: hundreds of kills, many more inputs"
+    )
+    group.addoption(
+        "--torture-report",
+        type=Path,
+        metavar="FILE.md",
+        help="write what was done to this file, and to FILE.json",
+    )
+    group.addoption(
+        "--torture-seed", type=int, default=0, metavar="N", help="draw other moments than seed 0"
+    )
+
+
+_STARTED = time.monotonic()
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    path = config.getoption("--torture-report")
+    if path is not None:
+        from tests.breaking.torture_report import write_torture_report
+
+        stats = terminalreporter.stats
+        outcomes = [
+            x for key in ("passed", "failed", "error", "skipped") for x in stats.get(key, [])
+        ]
+        write_torture_report(path, outcomes, time.monotonic() - _STARTED)
 
 
 @pytest.fixture(autouse=True)
