@@ -8,16 +8,20 @@ document's number of predicted tokens. Temperature and bias are those of Guo et 
 own need.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from annotated_types import Gt
+from pydantic import TypeAdapter
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import log_softmax
 
 from accel_gpt2.classify.bayes import FloatArray, joint_log_probabilities
+from accel_gpt2.errors import UserError
+from accel_gpt2.train.manifest import read_json
 
 # One standard deviation of a Gaussian prior around "no calibration", so that ten validation
 # documents cannot move the probabilities far and separable data cannot send them to infinity. With
@@ -33,7 +37,9 @@ class Calibration:
     """`scale` is the inverse temperature a; `length_slope` is b_c in nats per token, `bias` g_c in
     nats, one each per class, both centred on zero."""
 
-    scale: float
+    __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True, "allow_inf_nan": False}
+
+    scale: Annotated[float, Gt(0)]
     length_slope: tuple[float, ...]
     bias: tuple[float, ...]
 
@@ -48,7 +54,7 @@ class Calibration:
         return cls(scale=1.0, length_slope=zeros, bias=zeros)
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dictionary that `from_json` reads back to an equal calibration."""
+        """A plain dictionary that `read` reads back to an equal calibration."""
         return {
             "scale": self.scale,
             "length_slope": list(self.length_slope),
@@ -56,12 +62,22 @@ class Calibration:
         }
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Calibration":
-        return cls(
-            scale=float(content["scale"]),
-            length_slope=tuple(float(x) for x in content["length_slope"]),
-            bias=tuple(float(x) for x in content["bias"]),
-        )
+    def read(cls, path: Path, num_classes: int) -> "Calibration":
+        """What stands in a file with the keys of `to_json`; other keys are left alone.
+
+        Raises:
+            UserError: when it is no calibration of so many classes.
+        """
+        calibration = read_json(_READER, path)
+        if not len(calibration.length_slope) == len(calibration.bias) == num_classes:
+            raise UserError(
+                f"{path} is not for {num_classes} classes: remove it and start the training again, "
+                "which only fits it anew."
+            )
+        return calibration
+
+
+_READER = TypeAdapter(Calibration)
 
 
 def calibrated_log_probabilities(

@@ -41,6 +41,7 @@ from accel_gpt2.classify.run import (
 from accel_gpt2.data.cache import cache_directory
 from accel_gpt2.data.sources import TextData, load_documents, load_text_data
 from accel_gpt2.data.tokenized import TokenizedDocuments, tokenize_documents
+from accel_gpt2.durable import make_directory, writing
 from accel_gpt2.errors import UserError
 from accel_gpt2.train.checkpoint import MANIFEST, write_json
 from accel_gpt2.train.model import load_final, load_final_tokenizer
@@ -109,7 +110,7 @@ def _evaluate(
     label = re.sub(r"[^\w.-]+", "-", f"{dataset or run.recipe.dataset}-{split or 'test'}")
     folder = run_directory / ("evaluation" if own else f"evaluation-{label}")
     accelerator = build_accelerator(run.recipe)
-    on_first_process(accelerator, lambda: folder.mkdir(exist_ok=True))
+    on_first_process(accelerator, partial(_make_folder, folder))
     with TrainProgress(shown=talks, quiet=quiet) as progress:
         scores = _score(run, tokens, folder / "scores.parquet", accelerator, progress)
         progress.say("TF-IDF + logistic regression, for comparison")
@@ -127,6 +128,11 @@ def _evaluate(
         return metrics
 
     return on_first_process(accelerator, write_metrics)
+
+
+def _make_folder(folder: Path) -> None:
+    with writing(folder):
+        make_directory(folder)
 
 
 def _other_documents(run: Run, dataset: str | None, split: str | None) -> datasets.Dataset:
@@ -200,9 +206,7 @@ def _score(
             )
         )
         records.append(
-            _ScoreRecord(
-                key=key, digest=_digest(columns[-1]), seconds=time.monotonic() - started
-            )
+            _ScoreRecord(key=key, digest=_digest(columns[-1]), seconds=time.monotonic() - started)
         )
         del model
         on_first_process(accelerator, partial(_write_scores, path, run, tokens, columns, records))
@@ -255,7 +259,9 @@ def _read_cached(path: Path) -> dict[int, tuple[_ScoreRecord, NDArray[np.float64
     except (OSError, KeyError, ValueError, pa.ArrowException):
         return {}
     known = enumerate(zip(records, columns, strict=True))
-    return {i: (record, column) for i, (record, column) in known if record.digest == _digest(column)}
+    return {
+        i: (record, column) for i, (record, column) in known if record.digest == _digest(column)
+    }
 
 
 def _digest(column: NDArray[np.float64]) -> str:

@@ -251,7 +251,7 @@ def _write_plan(run_directory: Path, recipe: TrainRecipe, plan: dict[str, Any]) 
 def _known_steps(directory: Path, standing: Standing) -> int | None:
     """The number of a class's steps, where a checkpoint or its final model tells it."""
     if standing.finished:
-        return int(read_training_record(directory / "final")["steps"])
+        return read_training_record(directory / "final").steps
     if standing.checkpoint is None:
         return None
     return read_state(standing.checkpoint)[0].total_steps

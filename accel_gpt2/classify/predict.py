@@ -1,6 +1,5 @@
 """Which class a text belongs to, how sure, and how probable it is under each class."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from accel_gpt2.classify.bayes import (
 )
 from accel_gpt2.classify.calibration import Calibration, calibrated_log_probabilities
 from accel_gpt2.classify.run import CALIBRATION, Run, open_run
-from accel_gpt2.data.tokenizer import EncodedDocument, TextTokenizer, load_saved_tokenizer
-from accel_gpt2.train.model import LanguageModel, load_final
+from accel_gpt2.data.tokenizer import EncodedDocument, TextTokenizer
+from accel_gpt2.train.model import LanguageModel, load_final, load_final_tokenizer
 from accel_gpt2.train.processes import build_accelerator
 from accel_gpt2.train.scoring import score_documents
 
@@ -118,9 +117,8 @@ def load_classifier(run_directory: Path) -> Classifier:
     """A trained run for predicting.
 
     Raises:
-        UserError: when it is no run directory, or not trained to the end.
+        UserError: when it is no run directory, not trained to the end, or damaged.
     """
     run = open_run(run_directory)
-    saved = json.loads((run_directory / CALIBRATION).read_text(encoding="utf-8"))
-    tokenizer = load_saved_tokenizer(run_directory / "tokenizer")
-    return Classifier(run, tokenizer, Calibration.from_json(saved))
+    calibration = Calibration.read(run_directory / CALIBRATION, len(run.class_names))
+    return Classifier(run, load_final_tokenizer(run.final(0)), calibration)

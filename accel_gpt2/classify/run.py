@@ -4,12 +4,16 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from annotated_types import Ge, MinLen
+from pydantic import TypeAdapter
 
 from accel_gpt2.durable import write_json, write_text
 from accel_gpt2.errors import UserError
-from accel_gpt2.recipe import Layer, TrainRecipe, read_layer, resolve, to_yaml
-from accel_gpt2.train.checkpoint import MANIFEST
+from accel_gpt2.recipe import Count, Layer, TrainRecipe, read_layer, resolve, to_yaml
+from accel_gpt2.train.checkpoint import read_identity
+from accel_gpt2.train.manifest import MANIFEST, read_json
 
 CALIBRATION = "calibration.json"  # in the run directory, written when all classes are trained
 TRAINING_RECORD = "training.json"  # in `final/`: the best step, tokens, seconds, identity
@@ -35,6 +39,39 @@ class Run:
     def final(self, index: int) -> Path:
         """The trained model of one class, loadable by transformers or peft."""
         return self.class_directory(index) / "final"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What is read back of plan.json; the rest of it is for people."""
+
+    __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True}
+
+    class_names: Annotated[tuple[str, ...], MinLen(2)]
+    class_counts: tuple[Count, ...]
+    data_fingerprint: str
+    # The model card is written again with the metrics.
+    num_parameters: Count
+    num_trainable_parameters: Count
+    data_source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingRecord:
+    """What is read back of training.json; `identity` is for `read_identity`."""
+
+    __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True, "allow_inf_nan": False}
+
+    best_step: Annotated[int, Ge(0)]
+    steps: Annotated[int, Ge(0)]
+    document_tokens: Annotated[int, Ge(0)]
+    seconds: Annotated[float, Ge(0)]
+    peak_memory_bytes: Annotated[int, Ge(0)]
+    identity: dict[str, Any]
+
+
+_PLAN_READER = TypeAdapter(_Plan)
+_RECORD_READER = TypeAdapter(TrainingRecord)
 
 
 def class_directory(run_directory: Path, index: int, name: str) -> Path:
@@ -67,18 +104,21 @@ def open_run(directory: Path, *, finished: bool = True) -> Run:
     layer = read_layer(recipe_path)
     recipe = resolve([Layer(origin=layer.origin, values=layer.values)]).recipe
     try:
-        plan: dict[str, Any] = json.loads(plan_path.read_text(encoding="utf-8"))
-        run = Run(
-            directory=directory,
-            recipe=recipe,
-            class_names=tuple(plan["class_names"]),
-            class_counts=tuple(plan["class_counts"]),
-            data_fingerprint=plan["data_fingerprint"],
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        plan = read_json(_PLAN_READER, plan_path)
+    except UserError as error:
+        raise UserError(f"{error} {_go_on(directory)}") from None
+    if not len(plan.class_names) == len(set(plan.class_names)) == len(plan.class_counts):
         raise UserError(
-            f"{plan_path} cannot be read ({type(error).__name__}: {error}). {_go_on(directory)}"
-        ) from None
+            f"{plan_path} is damaged: its class_names and class_counts do not go together. "
+            f"{_go_on(directory)}"
+        )
+    run = Run(
+        directory=directory,
+        recipe=recipe,
+        class_names=plan.class_names,
+        class_counts=plan.class_counts,
+        data_fingerprint=plan.data_fingerprint,
+    )
     missing = [
         name
         for index, name in enumerate(run.class_names)
@@ -91,7 +131,38 @@ def open_run(directory: Path, *, finished: bool = True) -> Run:
             f"{directory} is not trained to the end: {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} missing. {_go_on(directory)}"
         )
+    if finished:
+        for index in range(len(run.class_names)):
+            _check_belongs(run, index)
     return run
+
+
+def _check_belongs(run: Run, index: int) -> None:
+    """Raise a UserError unless a class was trained by the plan and the recipe that are there."""
+    path = run.final(index) / TRAINING_RECORD
+    identity = read_identity(read_training_record(run.final(index)).identity, path)
+    now: dict[str, object] = {
+        "class_name": run.class_names[index],
+        "data_fingerprint": run.data_fingerprint,
+        **{key: getattr(run.recipe, key) for key in _SCORING_FIELDS},
+    }
+    then = {
+        "class_name": identity.class_name,
+        "data_fingerprint": identity.data_fingerprint,
+        **identity.recipe,
+    }
+    changed = [key for key, value in now.items() if then.get(key) != value]
+    if changed:
+        listed = ", ".join(f"{key} = {then.get(key)!r} (now {now[key]!r})" for key in changed)
+        raise UserError(
+            f"{run.final(index)} was trained with {listed}: plan.json or recipe.yaml was changed "
+            "since, or belongs to another run. Bring the earlier one back, or train again with "
+            "--resume never."
+        )
+
+
+# What a class's scores depend on; the rest of a recipe may be changed by a later start.
+_SCORING_FIELDS = ("model", "finetuning", "fused_gelu", "max_length")
 
 
 def _go_on(directory: Path) -> str:
@@ -111,10 +182,13 @@ def write_recipe(run_directory: Path, recipe: TrainRecipe) -> None:
     write_text(run_directory / "recipe.yaml", to_yaml(recipe))
 
 
-def read_training_record(final: Path) -> dict[str, Any]:
-    """What is known of a finished class's training."""
-    record: dict[str, Any] = json.loads((final / TRAINING_RECORD).read_text(encoding="utf-8"))
-    return record
+def read_training_record(final: Path) -> TrainingRecord:
+    """What is known of a finished class's training.
+
+    Raises:
+        UserError: when the record is damaged.
+    """
+    return read_json(_RECORD_READER, final / TRAINING_RECORD)
 
 
 def read_spent_seconds(run_directory: Path) -> float:

@@ -158,7 +158,7 @@ def _standing(
         except UserError as error:
             problems.append(str(error))  # it is exported again, from the checkpoints
         else:
-            record = read_training_record(final).get("identity")
+            record = read_training_record(final).identity
             there = read_identity(record, final / TRAINING_RECORD)
             changed = _changes(there, identity, recipe, final)
             return Standing(finished=True, checkpoint=None, changed=changed)

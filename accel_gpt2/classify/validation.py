@@ -1,6 +1,5 @@
 """What the classes' models say together about the validation documents."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,12 @@ from numpy.typing import NDArray
 from accel_gpt2.classify.bayes import log_priors, predict
 from accel_gpt2.classify.calibration import fit_calibration
 from accel_gpt2.classify.prepare import PreparedData
-from accel_gpt2.classify.run import CALIBRATION, TRAINING_RECORD, open_run
+from accel_gpt2.classify.run import (
+    CALIBRATION,
+    TRAINING_RECORD,
+    open_run,
+    read_training_record,
+)
 from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.checkpoint import write_json
@@ -27,7 +31,7 @@ def joint_accuracy(
 
     def accuracy(step: int, scores: NDArray[np.float64]) -> float | None:
         columns = [
-            scores if other == index else _best_validation_scores(directory)
+            scores if other == index else _best_validation_scores(directory, len(data.validation))
             for other, directory in enumerate(directories)
         ]
         present = [column for column in columns if column is not None]
@@ -48,11 +52,15 @@ def log_joint_validation(
     """
     log_prior = log_priors(data.class_counts, recipe.priors)
     by_class = [
-        sorted((directory / VALIDATION_SCORES).glob("*.npy"), key=lambda path: int(path.stem))
+        sorted(
+            (path for path in (directory / VALIDATION_SCORES).glob("*.npy") if path.stem.isdigit()),
+            key=lambda path: int(path.stem),
+        )
         for directory in directories
     ]
+    num_documents = len(data.validation)
     for number, paths in enumerate(zip(*by_class, strict=False), start=1):
-        scores = np.stack([np.load(path, allow_pickle=False) for path in paths], axis=1)
+        scores = np.stack([_read_scores(path, num_documents) for path in paths], axis=1)
         accuracy = float((predict(scores, log_prior) == data.validation.labels).mean())
         row: dict[str, object] = {
             "event": "joint_validation",
@@ -63,27 +71,36 @@ def log_joint_validation(
         append_json_line(run_directory / "log.jsonl", row)
 
 
-def _best_validation_scores(directory: Path) -> NDArray[np.float64] | None:
+def _best_validation_scores(directory: Path, num_documents: int) -> NDArray[np.float64] | None:
     """Of a finished class; None when it is not finished."""
-    record = directory / "final" / TRAINING_RECORD
-    if not record.is_file():
+    final = directory / "final"
+    if not (final / TRAINING_RECORD).is_file():
         return None
-    best_step = json.loads(record.read_text(encoding="utf-8"))["best_step"]
-    path = validation_scores_path(directory, best_step)
+    best_step = read_training_record(final).best_step
+    return _read_scores(validation_scores_path(directory, best_step), num_documents)
+
+
+def _read_scores(path: Path, num_documents: int) -> NDArray[np.float64]:
     try:
         scores: NDArray[np.float64] = np.load(path, allow_pickle=False)
+        if scores.shape != (num_documents,) or scores.dtype != np.float64:
+            raise ValueError(f"it holds {scores.dtype} of shape {scores.shape}")
     except (OSError, ValueError, EOFError) as error:
+        reason = str(error).rstrip(".")
         raise UserError(
-            f"{path} cannot be read ({error}): remove {directory} and start again to train this "
-            "class anew."
-        ) from error
+            f"{path} is not the scores of {num_documents} documents ({reason}): remove "
+            f"{path.parent.parent} and start again to train this class anew."
+        ) from None
     return scores
 
 
 def calibrate(run_directory: Path, data: PreparedData, progress: TrainProgress) -> None:
     """Fit the calibration on validation scores of the best models, and say the joint accuracy."""
     run = open_run(run_directory, finished=False)
-    columns = [_best_validation_scores(run.class_directory(i)) for i in range(len(run.class_names))]
+    columns = [
+        _best_validation_scores(run.class_directory(i), len(data.validation))
+        for i in range(len(run.class_names))
+    ]
     log_likelihoods = np.stack([column for column in columns if column is not None], axis=1)
     log_prior = log_priors(run.class_counts, run.recipe.priors)
     num_tokens = data.validation.lengths.astype(np.int64) - 1

@@ -15,6 +15,7 @@ from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.data.cache import cached_file, content_key
 from accel_gpt2.data.hub import HubAnswer, ask_hub, why_unreachable
 from accel_gpt2.data.progress import document_progress
+from accel_gpt2.data.quiet import quiet_transformers
 from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import TrainRecipe
 
@@ -197,9 +198,10 @@ def _load(path: str, name: str, *, local_files_only: bool) -> TextTokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, use_fast=True, trust_remote_code=False, local_files_only=local_files_only
-        )
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, use_fast=True, trust_remote_code=False, local_files_only=local_files_only
+            )
     except Exception as error:  # whatever the many tokenizer classes raise on files they cannot use
         reason = " ".join(str(error).split())[:300]
         raise UserError(

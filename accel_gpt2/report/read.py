@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter, ValidationError
 
-from accel_gpt2.errors import UserError
+from accel_gpt2.errors import UsageError, UserError
+from accel_gpt2.recipe import read_layer
+from accel_gpt2.report.form import LogRow, Metrics, Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,13 +99,16 @@ def read_run(run_directory: Path) -> Run:
         )
     notices: list[str] = []
     plan = _read_optional_mapping(run_directory / "plan.json", notices)
+    if not _has_form(_PLAN, plan):
+        notices.append(_left_out("plan.json"))
+        plan = {}
     curves = _read_curves(run_directory / "log.jsonl", notices)
     metrics = _read_metrics(run_directory)
     scores_path = run_directory / "evaluation" / "scores.parquet"
     command_path = run_directory / "command.txt"
     return Run(
         directory=run_directory,
-        recipe=_read_optional_mapping(run_directory / "recipe.yaml", notices),
+        recipe=_read_recipe(run_directory / "recipe.yaml", notices),
         plan=plan,
         environment=_read_optional_mapping(run_directory / "environment.json", notices),
         command=command_path.read_text("utf-8", errors="replace").strip()
@@ -111,24 +117,51 @@ def read_run(run_directory: Path) -> Run:
         curves=curves,
         metrics=metrics,
         # Without metrics the scores of some classes may still be missing.
-        mistakes=() if metrics is None else _read_mistakes(scores_path, notices),
+        mistakes=()
+        if metrics is None
+        else _read_mistakes(scores_path, len(metrics["class_names"]), notices),
         notices=tuple(notices),
     )
 
 
-def _read_optional_mapping(path: Path, notices: list[str]) -> Mapping[str, Any]:
-    """A JSON or YAML mapping that only informs: damage is a notice, not the end of the report."""
-    import yaml
+_PLAN = TypeAdapter(Plan)
+_METRICS = TypeAdapter(Metrics)
+_LOG_ROW = TypeAdapter(LogRow)
 
+
+def _has_form(form: TypeAdapter[Any], content: object) -> bool:
+    try:
+        form.validate_python(content)
+    except ValidationError:
+        return False
+    return True
+
+
+def _left_out(name: str) -> str:
+    return f"{name} could not be read and is left out."
+
+
+def _read_recipe(path: Path, notices: list[str]) -> Mapping[str, Any]:
+    """It only informs here: damage is a notice, not the end of the report."""
     if not path.is_file():
         return {}
     try:
-        text = path.read_text("utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError):
+        return read_layer(path).values
+    except UsageError:
+        notices.append(_left_out(path.name))
+        return {}
+
+
+def _read_optional_mapping(path: Path, notices: list[str]) -> Mapping[str, Any]:
+    """A JSON object that only informs."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        notices.append(f"{path.name} could not be read and is left out.")
+        notices.append(_left_out(path.name))
         return {}
     return content
 
@@ -139,8 +172,8 @@ def _read_metrics(run_directory: Path) -> Mapping[str, Any] | None:
         return None
     try:
         metrics = json.loads(path.read_text("utf-8"))
-        complete = {"accuracy", "class_names", "confusion_matrix"} <= set(metrics)
-    except (ValueError, TypeError):
+        complete = _has_form(_METRICS, metrics) and _is_square(metrics)
+    except (OSError, ValueError, RecursionError):
         complete = False
     if not complete:
         raise UserError(
@@ -148,6 +181,15 @@ def _read_metrics(run_directory: Path) -> Mapping[str, Any] | None:
             f"`accel-gpt2 evaluate {run_directory}`."
         )
     return dict(metrics)
+
+
+def _is_square(metrics: Mapping[str, Any]) -> bool:
+    """Whether the matrices have a row and a column for each class."""
+    size = len(metrics["class_names"])
+    matrices = (metrics["confusion_matrix"], metrics.get("bits_per_byte") or [])
+    return len(matrices[0]) == size and all(
+        len(matrix) in {0, size} and all(len(row) == size for row in matrix) for matrix in matrices
+    )
 
 
 def _read_curves(path: Path, notices: list[str]) -> tuple[ClassCurve, ...]:
@@ -160,14 +202,17 @@ def _read_curves(path: Path, notices: list[str]) -> tuple[ClassCurve, ...]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             # The last line may be half-written: the run may be going on at this moment.
             num_unreadable += bool(line.strip()) and number < len(lines)
             continue
         if isinstance(row, dict) and row.get("event") in ("step", "evaluate"):
             index, step = row.get("class_index"), row.get("step")
             if isinstance(index, int) and isinstance(step, int):
-                rows[row["event"], index, step] = row
+                if _has_form(_LOG_ROW, row):
+                    rows[row["event"], index, step] = row
+                else:
+                    num_unreadable += 1
     if num_unreadable:
         notices.append(
             f"{num_unreadable} of {len(lines)} lines of log.jsonl could not be read and are left "
@@ -213,25 +258,33 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def _read_mistakes(path: Path, notices: list[str], *, most: int = 10) -> tuple[Mistake, ...]:
+def _read_mistakes(
+    path: Path, num_classes: int, notices: list[str], *, most: int = 10
+) -> tuple[Mistake, ...]:
     """The wrong predictions that the models were surest of, surest first."""
     import pyarrow
     import pyarrow.parquet
 
     if not path.is_file():
         return ()
+    integers = ("document", "label", "prediction", "num_tokens")
+    likelihoods = [f"log_likelihood_{index}" for index in range(num_classes)]
+    form = pyarrow.schema(
+        [pyarrow.field(name, pyarrow.int64(), nullable=False) for name in integers]
+        + [pyarrow.field(name, pyarrow.float64(), nullable=False) for name in likelihoods]
+    )
     try:
-        table = pyarrow.parquet.read_table(path)
-        columns = {name: table.column(name).to_numpy() for name in table.column_names}
-        label = columns["label"].astype(np.int64)
-        prediction = columns["prediction"].astype(np.int64)
-        num_classes = sum(name.startswith("log_likelihood_") for name in columns)
-        scores: npt.NDArray[np.float64] = np.column_stack(
-            [columns[f"log_likelihood_{index}"] for index in range(num_classes)]
-        )
-        document, num_tokens = columns["document"], columns["num_tokens"]
+        table = pyarrow.parquet.read_table(path).select(form.names).cast(form)
+        table.validate(full=True)
     except (pyarrow.ArrowException, OSError, KeyError, ValueError):
-        notices.append("evaluation/scores.parquet could not be read and is left out.")
+        notices.append(_left_out("evaluation/scores.parquet"))
+        return ()
+    document, label, prediction, num_tokens = (table.column(n).to_numpy() for n in integers)
+    scores: npt.NDArray[np.float64] = np.column_stack(
+        [table.column(name).to_numpy() for name in likelihoods]
+    )
+    if any(((x < 0) | (x >= num_classes)).any() for x in (label, prediction)):
+        notices.append(_left_out("evaluation/scores.parquet"))
         return ()
     rows = np.arange(len(label))
     margin = scores[rows, prediction] - scores[rows, label]

@@ -186,6 +186,8 @@ def read_json(reader: TypeAdapter[T], path: Path) -> T:
     Raises:
         UserError: saying where the file has another form.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} cannot be read: it is not a file.")
     try:
         return reader.validate_json(path.read_bytes())
     except OSError as error:

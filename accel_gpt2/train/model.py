@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from accel_gpt2.catalog.models import MODELS
+from accel_gpt2.data.quiet import quiet_transformers
+from accel_gpt2.data.tokenizer import TextTokenizer, load_saved_tokenizer
 from accel_gpt2.errors import UsageError, UserError
+from accel_gpt2.failures import machine_failure
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.loss import chunked_cross_entropy, chunked_log_likelihoods
+from accel_gpt2.train.manifest import verify
 from accel_gpt2.train.weights import weights_are_cached, weights_location
 
 # What transformers' decoder families call their dropout rates.
@@ -157,10 +161,15 @@ def build_model(recipe: TrainRecipe, *, vocab_size: int, eos_token_id: int) -> L
 
 
 def load_final(directory: Path, recipe: TrainRecipe) -> LanguageModel:
-    """A trained class from its `final/` directory, full or adapter, ready to score."""
+    """A trained class from its `final/` directory, full or adapter, ready to score.
+
+    Raises:
+        UserError: when a file of it is missing or has changed, or the base cannot be had.
+    """
     from transformers import AutoModelForCausalLM
 
-    with quiet_transformers():
+    verify(directory)
+    with _readable(f"model in {directory}"), quiet_transformers():
         if (directory / "adapter_config.json").is_file():
             from peft import PeftModel
 
@@ -180,6 +189,16 @@ def load_final(directory: Path, recipe: TrainRecipe) -> LanguageModel:
     return LanguageModel(model, recipe.loss_chunk_tokens).eval()
 
 
+def load_final_tokenizer(directory: Path) -> TextTokenizer:
+    """The tokenizer beside a trained class: the one in the run directory has no manifest.
+
+    Raises:
+        UserError: when a file of `final/` is missing or has changed.
+    """
+    verify(directory)
+    return load_saved_tokenizer(directory)
+
+
 _LOADING: dict[str, Any] = {
     "trust_remote_code": False,
     "use_safetensors": True,
@@ -190,7 +209,7 @@ def _pretrained(recipe: TrainRecipe) -> Any:
     from transformers import AutoModelForCausalLM
 
     location = weights_location(recipe.model)
-    with _readable(recipe, "weights"), quiet_transformers():
+    with _readable(f"weights of {recipe.model}"), quiet_transformers():
         config = _read_config(location)
         _apply_recipe(config, recipe)
         return AutoModelForCausalLM.from_pretrained(
@@ -212,12 +231,18 @@ def _read_config(location: str) -> Any:
 
 
 @contextlib.contextmanager
-def _readable(recipe: TrainRecipe, what: str) -> Iterator[None]:
+def _readable(what: str) -> Iterator[None]:
+    """Within it the library reads files that somebody made, and nothing of ours runs."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"The {what} of {recipe.model} cannot be loaded: {reason}") from error
+    except Exception as error:  # whatever the many model classes raise on what they cannot use
+        if isinstance(error, UserError) or machine_failure(error) is not None:
+            raise
+        reason = next(iter(str(error).strip().splitlines()), "").rstrip(".")
+        raise UserError(
+            f"The {what} cannot be loaded ({reason[:300] or 'no reason is given'}); check that "
+            "config.json and the weights are whole and belong together."
+        ) from error
 
 
 def _from_scratch(recipe: TrainRecipe, *, vocab_size: int, eos_token_id: int) -> Any:
@@ -232,7 +257,7 @@ def _from_scratch(recipe: TrainRecipe, *, vocab_size: int, eos_token_id: int) ->
             n_positions=row.n_positions,
         )
     else:
-        with _readable(recipe, "configuration"):
+        with _readable(f"configuration of {recipe.model}"):
             config = _read_config(weights_location(recipe.model))
     config.vocab_size = vocab_size
     config.bos_token_id = config.eos_token_id = eos_token_id
@@ -240,7 +265,10 @@ def _from_scratch(recipe: TrainRecipe, *, vocab_size: int, eos_token_id: int) ->
     _apply_recipe(config, recipe)
     # Every class starts from the same weights: what differs afterwards is what its text taught.
     torch.manual_seed(recipe.seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    with _readable(f"configuration of {recipe.model}"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
 
 
 def _apply_recipe(config: Any, recipe: TrainRecipe) -> None:
@@ -310,20 +338,3 @@ def _check_logits(model: LanguageModel, vocab_size: int) -> None:
             f"{type(base).__name__} changes its logits after the output head (scaling or capping), "
             "which the chunked loss does not reproduce; choose another architecture."
         )
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No bars or reports of transformers' own: our progress line is the only talk."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -166,7 +166,9 @@ def test_identity_is_the_raw_posterior():
     )
 
 
-def test_json_round_trip():
+def test_json_round_trip(tmp_path):
     """A calibration written as JSON text and read back is equal to the last bit."""
     calibration = Calibration(scale=0.1 + 0.2, length_slope=(1e-17, -1e-17), bias=(2 / 3, -2 / 3))
-    assert Calibration.from_json(json.loads(json.dumps(calibration.to_json()))) == calibration
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps(calibration.to_json()), encoding="utf-8")
+    assert Calibration.read(path, 2) == calibration

@@ -1,5 +1,6 @@
 """Evaluating and predicting: the arithmetic over a run's models, and what is left on the disk."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -39,9 +40,8 @@ def test_metrics_follow_from_the_scores(evaluated: tuple[Path, dict[str, Any]]) 
     assert (predictions == table["prediction"]).all()
     assert metrics["accuracy"] == pytest.approx((predictions == labels).mean())
     assert metrics["num_documents"] == len(labels)
-    saved = json.loads((run / "calibration.json").read_text())
     calibrated = calibrated_log_probabilities(
-        Calibration.from_json(saved), scores, prior, table["num_tokens"].to_numpy()
+        Calibration.read(run / "calibration.json", 3), scores, prior, table["num_tokens"].to_numpy()
     )
     nll = -calibrated[np.arange(len(labels)), labels].mean()
     assert metrics["calibrated"]["nll"] == pytest.approx(nll)
@@ -96,6 +96,17 @@ def test_damaged_scores_are_computed_again(
     assert again["accuracy"] == evaluated[1]["accuracy"]
 
 
+def _put_weights(final: Path, content: bytes) -> None:
+    """Other weights in a `final/`, and a manifest that says so."""
+    (final / "model.safetensors").write_bytes(content)
+    manifest = json.loads((final / "manifest.json").read_text())
+    manifest["files"]["model.safetensors"] = {
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    (final / "manifest.json").write_text(json.dumps(manifest))
+
+
 def test_scores_of_another_model_or_other_documents_are_not_reused(
     evaluated: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,8 +114,7 @@ def test_scores_of_another_model_or_other_documents_are_not_reused(
     run = tmp_path / "copy"
     shutil.copytree(evaluated[0], run, symlinks=True)
     first, second = (next(run.glob(f"class-{index}-*/final")) for index in (0, 1))
-    shutil.rmtree(first)
-    shutil.copytree(second, first)
+    _put_weights(first, (second / "model.safetensors").read_bytes())
     evaluate_run(run, quiet=True)
     assert capsys.readouterr().err.count("scoring under") == 1
     table = pq.read_table(run / "evaluation" / "scores.parquet").to_pandas()
