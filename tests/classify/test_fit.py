@@ -405,9 +405,9 @@ def test_time_limit_saves_and_says_so(texts_file: Path, tmp_path: Path) -> None:
 def test_another_recipe_in_the_same_directory_is_refused(
     trained_run: Path, texts_file: Path
 ) -> None:
-    """Going on with another learning rate would mix two experiments; the difference is named."""
-    with pytest.raises(UserError, match=r"learning_rate was 0\.002 and is 0\.5"):
-        fit(resolve_tiny(texts_file, learning_rate=0.5), trained_run, quiet=True)
+    """Going on with another optimizer would mix two experiments; the difference is named."""
+    with pytest.raises(UserError, match="optimizer was 'adamw' and is 'adafactor'"):
+        fit(resolve_tiny(texts_file, optimizer="adafactor"), trained_run, quiet=True)
 
 
 def test_damaged_newest_checkpoint_falls_back(

@@ -72,12 +72,12 @@ def test_every_way_of_training_resumes_exactly(
     fit(resolved, tmp_path / "whole", quiet=True)
     stopped_at = []
     for number in (4, 5):  # after 3 steps, then after 4 more, over the end of the epoch of 6
-        _stopped(resolved, tmp_path / "run", number)
+        train_and_stop(resolved, tmp_path / "run", number)
         newest = list_checkpoints(next((tmp_path / "run").glob("class-0-*")))[0]
         stopped_at.append(read_state(newest)[0].step)
     assert stopped_at[0] < 6 <= stopped_at[1]
     fit(resolved, tmp_path / "run", quiet=True)
-    _assert_same_models(tmp_path / "run", tmp_path / "whole")
+    assert_same_models(tmp_path / "run", tmp_path / "whole")
     keys = ("loss", "epoch", "tokens", "grad_norm")
     assert _rows(tmp_path / "run", "step", *keys) == _rows(tmp_path / "whole", "step", *keys)
 
