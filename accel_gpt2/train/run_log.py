@@ -12,9 +12,11 @@ def append_json_line(path: Path, row: dict[str, object]) -> None:
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in row.items()
     }
-    line = json.dumps(clean, ensure_ascii=False) + "\n"
+    line = (json.dumps(clean, ensure_ascii=False) + "\n").encode("utf-8")
     with path.open("ab", buffering=0) as file:
-        file.write(line.encode("utf-8"))
+        written = file.write(line)
+        if written < len(line):  # a disk that is nearly full takes a part; the rest says why
+            file.write(line[written:])
 
 
 def cut_unfinished_line(path: Path) -> None:

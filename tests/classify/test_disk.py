@@ -233,7 +233,7 @@ def test_a_disk_that_becomes_read_only_before_a_save(
     assert_same_models(run, trained_run)
 
 
-@pytest.mark.parametrize("what", ["full", "read-only"])
+@pytest.mark.parametrize("what", ["full", "nearly full", "read-only"])
 def test_a_log_that_cannot_be_written(
     disk: Disk, trained_run: Path, texts_file: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -242,11 +242,17 @@ def test_a_log_that_cannot_be_written(
     run = disk.path / "run"
     disk.resize(2**30)
     real = fit_module.append_json_line
+    steps: list[object] = []
 
     def append(path: Path, row: dict[str, object]) -> None:
+        steps.append(row["step"])
         if row["event"] == "step" and row["step"] == 9:
-            disk.make_read_only() if what == "read-only" else disk.leave_free(0)
-            path.write_bytes(b"x" * 4096) if what == "full" else None  # to the end of its page
+            if what == "read-only":
+                disk.make_read_only()
+            else:
+                disk.leave_free(0)
+                # Of its last page nothing is left, or a part of the row.
+                path.write_bytes(b"x" * (4096 if what == "full" else 4090))
         real(path, row)
 
     with monkeypatch.context() as patch:
@@ -254,6 +260,7 @@ def test_a_log_that_cannot_be_written(
         with pytest.raises(Exception, match=r"No space left|Read-only file system") as failed:
             fit(resolved, run, quiet=True)
     _ends_with_a_sentence(failed.value)
+    assert steps[-1] == 9, "the row that was lost, not the one after it"
     _assert_intact(run)
     disk.make_writable()
     disk.make_room()
