@@ -367,11 +367,11 @@ def _failure_of(error: BaseException, rank: int) -> Failure:
     kind: Literal["stopped", "expected", "unexpected"] = "unexpected"
     if isinstance(error, StoppedEarly | KeyboardInterrupt):
         kind = "stopped"
-    elif isinstance(error, SystemExit):  # in the middle of the work, by whomever
-        sentence = f"SystemExit: {error.code}"
+    elif isinstance(error, SystemExit):  # in the middle of the work, by some library
+        code, sentence = ExitCode.FAILED, f"SystemExit: {error.code}"
     elif is_expected(error):
         kind = "expected"
-    return Failure(rank=rank, exit_code=code or ExitCode.FAILED, sentence=sentence, kind=kind)
+    return Failure(rank=rank, exit_code=int(code), sentence=sentence, kind=kind)
 
 
 def _in_a_group() -> bool:

@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from accel_gpt2.catalog.profiles import PROFILES
+from accel_gpt2.classify.lock import read_owner, working_owner
 from accel_gpt2.cli import launcher
 from accel_gpt2.cli.launcher import (
     Launch,
@@ -28,7 +29,6 @@ from accel_gpt2.cli.launcher import (
     run_launch,
     training_launch,
 )
-from accel_gpt2.classify.lock import claim, read_owner, working_owner
 from accel_gpt2.errors import DoesNotFitError, ExitCode, StoppedEarly, UserError
 
 # Like accelerate's simple launcher: starts the script, and turns its failure into 1.
@@ -309,11 +309,11 @@ def test_a_refused_trainer_does_not_speak_for_the_other_run(run_directory: Path)
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 def test_on_a_full_disk_the_status_still_gets_its_place(tmp_path: Path) -> None:
-    """What the trainer says must not be lost for want of one block: the lock's record makes room."""
+    """What the trainer says is not lost for want of one block: the lock's record makes room."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount")
     try:
         run_directory = disk / "run"
