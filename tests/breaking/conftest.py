@@ -94,7 +94,8 @@ def references(
             num_steps=sum(row["event"] == "step" for row in read_log(run)),
         )
 
-    train("full")
+    # With a single checkpoint kept, one that is removed too soon is missed at once.
+    train("full", keep_checkpoints=1)
     base = str(next((breaking_folder / "reference-full").glob("class-0-*/final")))
     train(
         "lora",

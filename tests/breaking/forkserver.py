@@ -56,6 +56,7 @@ _STAGED = (
     (re.compile(r"\.staging-calibration"), "calibrating"),
     (re.compile(r"\.staging-"), "recording"),  # the plan, the environment, the time spent
 )
+_PUBLISHED = re.compile(r"class-.*/\.staging-checkpoint-\d+")  # what a save renames last
 _FILE_EVENTS = {
     *("open", "os.rename", "os.symlink", "os.mkdir"),
     *("os.remove", "os.rmdir", "shutil.rmtree"),
@@ -200,6 +201,8 @@ def _watch(run: Path, holds: set[tuple[str, int]]) -> "Counter[str]":
         for name in names:
             if str(name).startswith(prefix):
                 inside = str(name).removeprefix(prefix)
+                if event == "os.rename" and _PUBLISHED.fullmatch(inside):
+                    enter("publishing")
                 for pattern, phase in _STAGED:
                     if pattern.match(inside):
                         enter(phase)

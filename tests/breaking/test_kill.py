@@ -19,6 +19,7 @@ from .harness import (
     assert_same_result,
     check_whole,
     explained,
+    newest_steps,
 )
 
 
@@ -89,6 +90,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(
     while True:
         enough = counts["kills"] >= (num_kills_torture if torture else num_kills)
         kill = plan_kill(reference, run, chance, aimed=counts["kills"] % 2 == 0)
+        steps = newest_steps(run)
         holds = () if enough or kill.hold is None else (kill.hold,)
         start = server.start(run, reference.recipe, world_size=reference.world_size, holds=holds)
         with explained(start, f"{name} {seed}, kill {counts['kills'] + 1}: {kill}"):
@@ -100,6 +102,9 @@ def test_killed_runs_end_as_if_nothing_had_happened(
                 counts["kills"] += 1
                 counts["kills_aimed_at_a_save"] += kill.hold is not None
                 counts["kills_that_cut_a_save_short"] += check_whole(run)
+                steps_now = newest_steps(run)
+                for directory, step in steps.items():
+                    assert steps_now.get(directory, -1) >= step, "a kill has cost a checkpoint"
                 continue
             assert start.wait() == [0] * reference.world_size
             assert_same_result(run, reference.run)
@@ -135,3 +140,32 @@ def test_a_kill_in_the_last_rotation_leaves_nothing_for_ever(
     with explained(start, "the start after the kill"):
         assert start.wait() == [0]
         assert_same_result(tmp_path / "run", reference.run)
+
+
+def test_a_kill_while_a_checkpoint_is_replaced(
+    references: dict[str, Reference], server: ForkServer, tmp_path: Path
+) -> None:
+    """A stop within an evaluation saves its step, which is saved again when that is done: a kill
+    between the two renames, when no checkpoint has that name, costs nothing."""
+    reference, run = references["full"], tmp_path / "run"
+    evaluation = Hold(phase="evaluating", number=1)
+    start = server.start(run, reference.recipe, holds=(evaluation,))
+    with explained(start, evaluation):
+        assert start.wait_until_held()
+        start.send(0, signal.SIGTERM)
+        start.go_on()
+        assert start.wait() == [75]
+    (step,) = newest_steps(run).values()
+    rename = Hold(phase="publishing", number=1)
+    start = server.start(run, reference.recipe, holds=(rename,))
+    with explained(start, rename):
+        assert start.wait_until_held()
+        start.kill()
+    assert list(run.glob(f"class-0-*/.staging-replaced-checkpoint-{step}"))
+    assert not list(run.glob(f"class-0-*/checkpoint-{step}"))
+    start = server.start(run, reference.recipe)
+    with explained(start, "the start after the kill"):
+        assert start.wait() == [0]
+        assert f"goes on from {run}" in start.output()
+        assert f"checkpoint-{step}" in start.output()
+        assert_same_result(run, reference.run)
