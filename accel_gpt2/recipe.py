@@ -393,6 +393,8 @@ def _parse_yaml(text: str) -> object:
             # brackets take seconds.
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError(f"*{event.anchor} refers to another value; write it out")
+            if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag:
+                raise ValueError(f"{event.tag!r} tags a value; a recipe's are plain")
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST_RECIPE:
@@ -407,7 +409,7 @@ def _recipe_loader() -> "type[yaml.SafeLoader]":
     import yaml
 
     class RecipeLoader(yaml.SafeLoader):
-        """Refuses a key that stands there twice; dates are text."""
+        """Refuses a key that stands there twice; what looks like a date is text."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -418,19 +420,11 @@ def _recipe_loader() -> "type[yaml.SafeLoader]":
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NO_RECIPE_TAGS]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    for tag in _NO_RECIPE_TAGS:
-        RecipeLoader.add_constructor(tag, _refuse_tag)
     return RecipeLoader
 
 
-_NO_RECIPE_TAGS = tuple(
-    f"tag:yaml.org,2002:{name}" for name in ("timestamp", "binary", "set", "omap", "pairs", "merge")
-)
-
-
-def _refuse_tag(loader: Any, node: Any) -> object:
-    raise ValueError(f"line {node.start_mark.line + 1} is tagged {node.tag}, which no value is")
-
+# What plain text could be taken for and no recipe key wants: dates, and `<<`.
+_NO_RECIPE_TAGS = tuple(f"tag:yaml.org,2002:{name}" for name in ("timestamp", "merge"))
 
 _OTHER_VARIABLES = ("CACHE", "DATA", "MODELS", "WAITED_FOR_BY")
 

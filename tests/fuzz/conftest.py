@@ -25,4 +25,4 @@ def run_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def num_examples(request: pytest.FixtureRequest) -> int:
     """How many generated inputs one test takes: few, or with --torture many."""
-    return 2000 if request.config.getoption("--torture", default=False) else 30
+    return 300 if request.config.getoption("--torture", default=False) else 10

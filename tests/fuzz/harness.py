@@ -28,7 +28,15 @@ LONGEST_TALK = 6000
 _LAUNCHED = {"launch/train.py": "train", "launch/evaluate.py": "evaluate"}
 
 # What a run may write besides its results: how it ended, and who is at work in it.
-_BOOKKEEPING = ("status.json", "run.lock", "command.txt", "environment.json", "accelerate.yaml")
+_BOOKKEEPING = (
+    "status.json",
+    "owner.json",
+    "run.lock",
+    "spent.json",
+    "command.txt",
+    "environment.json",
+    "accelerate.yaml",
+)
 
 # A shape that trains in a second: one layer of 16 channels, 32 positions.
 SHAPE = {
