@@ -5,11 +5,13 @@ or a library in Rust. They are told apart here, by what they have in common.
 """
 
 import errno
+import os
 import re
 
 from accel_gpt2.durable import os_error_in
 from accel_gpt2.errors import DoesNotFitError, ExitCode, StoppedEarly, UserError
 from accel_gpt2.terminal import shortened
+from accel_gpt2.units import format_bytes
 
 # What to do about a failure that the operating system reports.
 _ADVICE = {
@@ -56,14 +58,17 @@ start again to go on.
         return None
     where = f": {found.filename}" if found.filename else ""
     return UserError(
-        f"{found.strerror}{where}. What was saved before is intact; {_ADVICE[found.errno]} and "
+        f"{os.strerror(found.errno)}{where}. What was saved before is intact; {_ADVICE[found.errno]} and "
         "start again to go on."
     )
 
 
 def _asked_for(error: BaseException) -> str:
-    asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
-    return f" (it was asked for {asked[1]} more)" if asked else ""
+    asked = re.search(r"tried to allocate ([\d.]+) (\w+)", str(error), re.IGNORECASE)
+    if asked is None:
+        return ""
+    size = format_bytes(int(asked[1])) if asked[2] == "bytes" else f"{asked[1]} {asked[2]}"
+    return f" (it was asked for {size} more)"
 
 
 def ending(error: BaseException) -> tuple[int, str]:

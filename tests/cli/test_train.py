@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import multiprocessing
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -251,6 +254,47 @@ def test_two_trainers_do_not_share_a_run_directory(texts: Path, begun: Path) -> 
             launch_training(given, Recorder())
         other.kill()
     assert launch_training(given, Recorder()) == 0
+
+
+def test_of_two_starts_at_the_same_moment_one_prepares_and_launches(
+    texts: Path, tmp_path: Path
+) -> None:
+    """The recipe that the trainer will read is not that of the start that lost."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+
+    def start(run: Path, seed: int, together: Barrier) -> None:
+        given = options(model="gpt2-tiny", dataset=str(texts), seed=seed, output_dir=run)
+
+        def launcher(launch: Launch) -> int:
+            results.put((seed, "launched"))
+            time.sleep(1.0)
+            seeds.append(resolve([read_layer(run / "recipe.yaml")]).recipe.seed)
+            return 0
+
+        seeds: list[int] = []
+        together.wait()
+        try:
+            launch_training(given, launcher)
+            results.put((seed, f"read {seeds}"))
+        except UserError as error:
+            results.put((seed, str(error)))
+
+    for number in range(4):
+        together = context.Barrier(2)
+        starts = [
+            context.Process(target=start, args=(tmp_path / f"run-{number}", seed, together))
+            for seed in (1, 2)
+        ]
+        for process in starts:
+            process.start()
+        answers = [results.get(timeout=60) for _ in range(3)]
+        for process in starts:
+            process.join()
+        (winner,) = [seed for seed, answer in answers if answer == "launched"]
+        said = {answer for _, answer in answers} - {"launched"}
+        (refusal,) = said - {f"read [{winner}]"}
+        assert "is at work in" in refusal
 
 
 def test_a_shown_recipe_can_be_read_back(capsys: pytest.CaptureFixture[str]) -> None:
