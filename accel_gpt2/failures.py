@@ -58,8 +58,8 @@ start again to go on.
         return None
     where = f": {found.filename}" if found.filename else ""
     return UserError(
-        f"{os.strerror(found.errno)}{where}. What was saved before is intact; {_ADVICE[found.errno]} and "
-        "start again to go on."
+        f"{os.strerror(found.errno)}{where}. What was saved before is intact; "
+        f"{_ADVICE[found.errno]} and start again to go on."
     )
 
 

@@ -112,7 +112,7 @@ def test_what_a_disk_may_answer_is_a_sentence(number: int, advice: str) -> None:
     ("use", "who", "asked"),
     [
         (lambda: bytearray(2**60), "machine", None),
-        (lambda: torch.empty(2**50), "machine", "1024 TiB more"),
+        (lambda: torch.empty(2**50), "machine", "4096 TiB more"),
     ],
 )
 def test_exhausted_memory_does_not_fit(
