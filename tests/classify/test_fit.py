@@ -290,7 +290,7 @@ def _assert_equal_state(one: Checkpoint, two: Checkpoint) -> None:
 def test_memory_that_runs_out_on_one_process_halves_on_both(two_processes: Path) -> None:
     """The probe is agreed on, so the ranks stay in step, and the model is the same."""
     run = two_processes / "two-memory"
-    assert yaml.safe_load((run / "recipe.yaml").read_text())["micro_batch_tokens"] <= 40
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["micro_batch_tokens"] <= 60
     assert [row["event"] for row in read_log(run)].count("micro_batch_halved") == 1
     _assert_equal_weights(run, two_processes / "two-full", rtol=1e-5)
 

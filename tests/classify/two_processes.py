@@ -4,6 +4,7 @@ Started with the variables that torchrun sets. All scenarios share one start, be
 longer than they do. What each rank saw is left in `rank-<n>.json`.
 """
 
+import dataclasses
 import gc
 import json
 import os
@@ -54,8 +55,9 @@ def main(folder: Path) -> None:
         fit(full, folder / "one-to-two", quiet=True)
     seen["documents"] = documents
 
-    with out_of_memory(40, rank=1):
-        fit(full, folder / "two-memory", quiet=True)
+    larger = dataclasses.replace(full.recipe, micro_batch_tokens=128)
+    with out_of_memory(60, rank=1):
+        fit(dataclasses.replace(full, recipe=larger), folder / "two-memory", quiet=True)
     with nan_in_training(4, rank=1):
         try:
             fit(full, folder / "two-nan", quiet=True)
