@@ -91,6 +91,17 @@ def stuck() -> None:
     time.sleep(600)
 
 
+def slow_to_leave() -> None:
+    """A tracker that uploads when the training is over."""
+    real = accel_gpt2.classify.fit._close
+
+    def close(*args: Any) -> None:
+        time.sleep(2 * GRACE_SECONDS)
+        real(*args)
+
+    accel_gpt2.classify.fit._close = close
+
+
 def fit(recipe: Path, run: Path) -> None:
     """What whoever writes a program of their own calls."""
     accel_gpt2.classify.fit.fit(resolve([read_layer(recipe)]), run, quiet=True)
@@ -124,6 +135,7 @@ DEATHS = {
     "killed in an evaluation": Death(place="scoring", end=killed, run="taken over", work=evaluate),
     "refused": Death(place="step", end=killed, ranks=(), run="held by another"),
     "a signal to one while loading": Death(place="loading", end=stopped),
+    "a signal to one in a step": Death(place="step", call=3, end=stopped, others=slow_to_leave),
 }
 
 

@@ -97,7 +97,7 @@ def deaths(folder: tuple[Path, dict[str, str]]) -> dict[str, Ended]:
     runs = {"the first killed in a step": "taken over", "nobody": "taken over"}
     runs |= {"killed in an evaluation": "taken over", "refused": "held by another"}
     content = json.loads((path / "deaths.json").read_text("utf-8"))
-    assert len(content) == 18
+    assert len(content) == 19
     return {
         name: Ended(**values, run=path / runs.get(name, name)) for name, values in content.items()
     }
@@ -243,6 +243,15 @@ def test_a_signal_to_one_process_that_loads_stops_both(deaths: dict[str, Ended])
     assert ended.said == "Process 1: Stopped by SIGTERM; nothing was worth saving yet.\n"
 
 
+def test_a_stop_that_all_have_agreed_on_is_no_failure(deaths: dict[str, Ended]) -> None:
+    """Who leaves first does not hurry the others: they may have a tracker to finish."""
+    ended = deaths["a signal to one in a step"]
+    assert ended.codes == [ExitCode.STOPPED, ExitCode.STOPPED]
+    assert ended.seconds[0] > ended.seconds[1] + GRACE_SECONDS
+    assert ended.said.splitlines()[-1].startswith("Stopped by a signal to another rank; the work")
+    assert "Process 1" not in ended.said
+
+
 @pytest.mark.parametrize(
     ("death", "said"),
     [
@@ -273,6 +282,7 @@ def test_under_torchrun_our_sentence_is_the_last(
 
     talk = capfd.readouterr().err
     assert re.search(said + r"\n\Z", talk)
+    assert len(re.findall(said, talk)) == 1
     assert "Connection closed" not in talk
     if death.startswith("unexpected"):
         # First the traceback, then torchrun's summary, which quotes it.
