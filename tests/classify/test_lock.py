@@ -233,6 +233,28 @@ def test_a_trainer_takes_over_from_the_process_that_started_it(
     assert f"Process {trainer} on" in _answer(late)
 
 
+def test_a_claim_between_looking_and_locking_is_seen(
+    tmp_path: Path, fork: Callable[..., Forked], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A claim leaves its lock free for the trainer, so who gets that lock has to look again."""
+    (tmp_path / "run").mkdir()
+    real = lock._lock
+    claims: list[int] = []
+
+    def after_a_claim(descriptor: int) -> bool | None:
+        if not claims:
+            monkeypatch.setattr(lock, "_lock", real)  # the forked process locks as ever
+            pid, told = fork(_claim, tmp_path / "run")
+            claims.append(pid)
+            assert _answer(told) == "claims"
+        return real(descriptor)
+
+    monkeypatch.setattr(lock, "_lock", after_a_claim)
+    with pytest.raises(UserError, match=r"is at work in") as caught, hold(tmp_path / "run"):
+        pass
+    assert f"Process {claims[0]} on" in str(caught.value)
+
+
 def test_holding_twice_is_holding_once(tmp_path: Path, fork: Callable[..., Forked]) -> None:
     """The command line takes the directory before `fit` does; a forked child has not got it."""
     with hold(tmp_path / "run"):
@@ -331,10 +353,10 @@ def test_a_directory_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> Non
         pass
 
 
-def test_nothing_of_the_lock_is_read_by_its_holder_alone(
+def test_a_lock_that_stays_taken_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A lock that never frees ends in a refusal after a second, not in waiting."""
+    """Whoever holds it without having said so: a refusal after a second, not a start that hangs."""
     monkeypatch.setattr(lock, "_WAIT_SECONDS", 0.2)
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / "run.lock").open("w") as file:
