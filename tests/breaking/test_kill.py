@@ -39,7 +39,8 @@ def plan_kill(reference: Reference, run: Path, chance: random.Random, *, aimed: 
     if not aimed:
         seconds = chance.uniform(0.0, reference.seconds * (0.4 + 0.6 * left))
         return Kill(hold=None, seconds=seconds, victims=victims)
-    phase = chance.choices(["saving", "rotating", "exporting", "recording"], [5, 2, 2, 1])[0]
+    phases = ["saving", "publishing", "rotating", "exporting", "recording"]
+    phase = chance.choices(phases, [4, 3, 2, 2, 1])[0]
     most = reference.phases[0][phase] * (0.5 if phase == "exporting" else left)
     hold = Hold(phase=phase, number=chance.randint(1, max(1, int(most))))
     seconds = chance.choice([0.0, 0.0, chance.uniform(0.0, 0.03)])
@@ -163,6 +164,7 @@ def test_a_kill_while_a_checkpoint_is_replaced(
         start.kill()
     assert list(run.glob(f"class-0-*/.staging-replaced-checkpoint-{step}"))
     assert not list(run.glob(f"class-0-*/checkpoint-{step}"))
+    check_whole(run)  # `best` has not been told yet
     start = server.start(run, reference.recipe)
     with explained(start, "the start after the kill"):
         assert start.wait() == [0]
