@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -75,7 +76,7 @@ def examine() -> dict[str, Any]:
         "disk": {"path": str(folder), "free_bytes": shutil.disk_usage(folder).free},
         "hub": hub,
         "hub_cache": {"path": str(cache), "exists": cache.is_dir()},
-        "data_folder": os.environ.get("ACCEL_GPT2_DATA"),
+        "data_folder": _shown(os.environ.get("ACCEL_GPT2_DATA", "")) or None,
         "environment": _environment(),
     }
     return {**findings, "problems": _problems(findings)}
@@ -99,17 +100,18 @@ def _hub() -> dict[str, Any]:
     import urllib.error
     import urllib.request
 
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    endpoint = _shown(address)
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         return {"endpoint": endpoint, "answers": False, "reason": "HF_HUB_OFFLINE is set"}
-    request = urllib.request.Request(endpoint, method="HEAD")
     try:
+        request = urllib.request.Request(address, method="HEAD")
         with urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_SECONDS):
             return {"endpoint": endpoint, "answers": True, "reason": None}
     except urllib.error.HTTPError as error:
         return {"endpoint": endpoint, "answers": error.code < 500, "reason": f"HTTP {error.code}"}
     except (OSError, ValueError) as error:
-        reason = " ".join(str(getattr(error, "reason", error)).split())
+        reason = _shown(" ".join(str(getattr(error, "reason", error)).split()))
         return {"endpoint": endpoint, "answers": False, "reason": reason}
 
 
@@ -120,10 +122,19 @@ def _hub_cache() -> Path:
 
 def _environment() -> dict[str, str]:
     return {
-        name: "set" if any(word in name for word in _SECRET_WORDS) else value
+        name: "set" if any(word in name.upper() for word in _SECRET_WORDS) else _shown(value)
         for name, value in sorted(os.environ.items())
         if name.startswith(_VARIABLES)
     }
+
+
+def _shown(text: str) -> str:
+    """A value without the user and password that an address in it may hold.
+
+    >>> _shown("https://me:secret@hub.example.org/x")
+    'https://***@hub.example.org/x'
+    """
+    return re.sub(r"//[^/@\s]*@", "//***@", text)
 
 
 def _problems(findings: dict[str, Any]) -> list[str]:

@@ -72,7 +72,7 @@ def run(app: typer.Typer) -> None:
     """
     global _show_traceback
     _show_traceback = False
-    _encode_whatever_comes()
+    _open_streams()
     try:
         check_ranks()
     except UsageError as error:  # which process may talk is unknown, so this one does
@@ -92,8 +92,14 @@ def run(app: typer.Typer) -> None:
     sys.exit(code)
 
 
-def _encode_whatever_comes() -> None:
-    """Let stdout take every text: bytes of a file name that are not UTF-8 go out as they came."""
+def _open_streams() -> None:
+    """Let stdout take every text: bytes of a file name that are not UTF-8 go out as they came.
+
+    A stream that was closed before we were started (`>&-`) is one that nobody reads.
+    """
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115 -- open until the end
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
         sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
@@ -123,4 +129,8 @@ def _after_flush(code: int) -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        say(f"The output cannot be written: {error.strerror}.", style="red")
+        return code or int(ExitCode.FAILED)
     return code

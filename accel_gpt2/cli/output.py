@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from typing import Literal
@@ -95,4 +96,5 @@ def print_table(columns: Mapping[str, Literal["left", "right"]], rows: list[list
         table.add_column(heading, justify=side, overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    Console(highlight=False).print(table)
+    # Python's own width, because rich prints nothing at all where COLUMNS is 0.
+    Console(highlight=False, width=shutil.get_terminal_size().columns).print(table)

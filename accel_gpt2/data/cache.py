@@ -9,7 +9,7 @@ import errno
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,9 +98,9 @@ def _file_digest(path: Path) -> str:
 
 @contextmanager
 def _staging_file(folder: Path, key: str) -> Iterator[Path]:
-    descriptor, name = tempfile.mkstemp(dir=folder, prefix=f".{key}.", suffix=".partial")
-    os.close(descriptor)
-    staged = Path(name)
+    # Not mkstemp's file, which is its owner's alone: the modes in the cache follow the umask.
+    staged = folder / f".{key}.{os.getpid()}-{secrets.token_hex(4)}.partial"
+    staged.touch(exist_ok=False)
     try:
         yield staged
     finally:

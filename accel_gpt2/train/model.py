@@ -169,10 +169,12 @@ def load_final(directory: Path, recipe: TrainRecipe) -> LanguageModel:
     from transformers import AutoModelForCausalLM
 
     verify(directory)
-    with _readable(f"model in {directory}"), quiet_transformers():
+    with _readable(f"model in {directory}"):
         if (directory / "adapter_config.json").is_file():
             from peft import PeftModel
 
+            if not (directory / "adapter_model.safetensors").is_file():
+                raise UserError(f"{directory} holds no adapter_model.safetensors.")
             location = weights_location(recipe.model)
             base = AutoModelForCausalLM.from_pretrained(
                 location,
@@ -209,7 +211,7 @@ def _pretrained(recipe: TrainRecipe) -> Any:
     from transformers import AutoModelForCausalLM
 
     location = weights_location(recipe.model)
-    with _readable(f"weights of {recipe.model}"), quiet_transformers():
+    with _readable(f"weights of {recipe.model}"):
         config = _read_config(location)
         _apply_recipe(config, recipe)
         return AutoModelForCausalLM.from_pretrained(
@@ -234,7 +236,8 @@ def _read_config(location: str) -> Any:
 def _readable(what: str) -> Iterator[None]:
     """Within it the library reads files that somebody made, and nothing of ours runs."""
     try:
-        yield
+        with quiet_transformers():
+            yield
     except Exception as error:  # whatever the many model classes raise on what they cannot use
         if isinstance(error, UserError) or machine_failure(error) is not None:
             raise

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 from rich.text import Text
 
+from accel_gpt2.terminal import printable
 from accel_gpt2.units import format_bytes, format_count, format_seconds
 
 # Between two plain lines of the same phase.
@@ -78,7 +79,7 @@ class TrainProgress:
             if self._task is not None:
                 self._progress.remove_task(self._task)
             self._task = self._progress.add_task(
-                description, total=total, completed=completed, facts=""
+                printable(description), total=total, completed=completed, facts=""
             )
 
     def update(self, description: str, completed: int, total: int, facts: str) -> None:
@@ -86,7 +87,7 @@ class TrainProgress:
         if self._live and self._task is not None:
             self._progress.update(
                 self._task,
-                description=description,
+                description=printable(description),
                 completed=completed,
                 total=total,
                 facts=facts,
@@ -110,12 +111,12 @@ class TrainProgress:
         if not self._shown:
             return
         if self._live:
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
         else:
             self._write(line)
 
     def _write(self, line: str) -> None:
-        sys.stderr.write(line + "\n")
+        sys.stderr.write(printable(line) + "\n")
         sys.stderr.flush()
 
 

@@ -12,6 +12,11 @@ NOTHING = Case(id="nothing", argv=("accel-gpt2",), said="")
 @pytest.fixture(scope="session")
 def run_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small run of two classes, trained and evaluated through the command line."""
+    return train_template(tmp_path_factory)
+
+
+def train_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train and evaluate it; the same in every process."""
     folder = tmp_path_factory.mktemp("template")
     make_workshop(folder, NOTHING, None)
     cache = {"ACCEL_GPT2_CACHE": str(folder / "cache")}
