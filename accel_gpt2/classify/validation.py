@@ -1,5 +1,6 @@
 """What the classes' models say together about the validation documents."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,17 +82,20 @@ def _best_validation_scores(directory: Path, num_documents: int) -> NDArray[np.f
 
 
 def _read_scores(path: Path, num_documents: int) -> NDArray[np.float64]:
+    """What `write_array` wrote; a file of so many scores has one form, so nothing is parsed."""
+    blank = io.BytesIO()
+    np.save(blank, np.zeros(num_documents))
+    header = blank.getvalue()[: -8 * num_documents]
     try:
-        scores: NDArray[np.float64] = np.load(path, allow_pickle=False)
-        if scores.shape != (num_documents,) or scores.dtype != np.float64:
-            raise ValueError(f"it holds {scores.dtype} of shape {scores.shape}")
-    except (OSError, ValueError, EOFError) as error:
-        reason = str(error).rstrip(".")
+        data = path.read_bytes() if path.is_file() else b""
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+    if len(data) != len(blank.getvalue()) or not data.startswith(header):
         raise UserError(
-            f"{path} is not the scores of {num_documents} documents ({reason}): remove "
-            f"{path.parent.parent} and start again to train this class anew."
-        ) from None
-    return scores
+            f"{path} is not the scores of {num_documents} documents: remove {path.parent.parent} "
+            "and start again to train this class anew."
+        )
+    return np.frombuffer(data, dtype=np.float64, offset=len(header))
 
 
 def calibrate(run_directory: Path, data: PreparedData, progress: TrainProgress) -> None:

@@ -280,7 +280,6 @@ SOURCES = sorted(Path(accel_gpt2.__file__).parent.rglob("*.py"))
 # What must be said at a call of this name: keyword -> value.
 TOLD: dict[str, tuple[str, bool]] = {
     "torch.load": ("weights_only", True),
-    "np.load": ("allow_pickle", False),
     "AutoTokenizer.from_pretrained": ("trust_remote_code", False),
     "AutoConfig.from_pretrained": ("trust_remote_code", False),
     "AutoModelForCausalLM.from_pretrained": ("trust_remote_code", False),
