@@ -41,9 +41,9 @@ from accel_gpt2.classify.run import (
 from accel_gpt2.data.cache import cache_directory
 from accel_gpt2.data.sources import TextData, load_documents, load_text_data
 from accel_gpt2.data.tokenized import TokenizedDocuments, tokenize_documents
-from accel_gpt2.durable import make_directory, writing
+from accel_gpt2.durable import make_directory, write_json, writing
 from accel_gpt2.errors import UserError
-from accel_gpt2.train.checkpoint import MANIFEST, write_json
+from accel_gpt2.train.manifest import MANIFEST
 from accel_gpt2.train.model import load_final, load_final_tokenizer
 from accel_gpt2.train.peers import watching_peers
 from accel_gpt2.train.processes import (

@@ -30,18 +30,12 @@ from accel_gpt2.classify.standing import (
 )
 from accel_gpt2.classify.validation import calibrate, joint_accuracy, log_joint_validation
 from accel_gpt2.data.tokenizer import TextTokenizer
+from accel_gpt2.durable import write_json
 from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import ResolvedRecipe, TrainRecipe
-from accel_gpt2.train.checkpoint import (
-    TrainState,
-    checkpoint_path,
-    publish_directory,
-    read_state,
-    read_weights,
-    verify,
-    write_json,
-)
+from accel_gpt2.train.checkpoint import TrainState, checkpoint_path, read_state, read_weights
 from accel_gpt2.train.loop import ClassTraining, train_class
+from accel_gpt2.train.manifest import publish_directory, verify
 from accel_gpt2.train.model import build_model
 from accel_gpt2.train.peers import watching_peers
 from accel_gpt2.train.processes import (

@@ -16,9 +16,9 @@ from accel_gpt2.classify.run import (
     open_run,
     read_training_record,
 )
+from accel_gpt2.durable import write_json
 from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import TrainRecipe
-from accel_gpt2.train.checkpoint import write_json
 from accel_gpt2.train.loop import VALIDATION_SCORES, validation_scores_path
 from accel_gpt2.train.progress import TrainProgress
 from accel_gpt2.train.run_log import append_json_line

@@ -25,7 +25,8 @@ from accel_gpt2.catalog.profiles import HardwareProfile
 from accel_gpt2.classify.lock import hold, read_owner, working_owner
 from accel_gpt2.cli.errors import outcome
 from accel_gpt2.cli.output import is_main_process, say
-from accel_gpt2.cli.run_directory import RECIPE_FILE, STATUS_FILE, write_atomically
+from accel_gpt2.cli.run_directory import RECIPE_FILE, STATUS_FILE
+from accel_gpt2.durable import write_text
 from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
 from accel_gpt2.failures import mark_as_told
 from accel_gpt2.terminal import shortened
@@ -271,11 +272,11 @@ class Trainer:
         status = json.dumps({"exit_code": code, "message": message, "pid": os.getpid()}) + "\n"
         path = self._run_directory / STATUS_FILE
         try:
-            write_atomically(path, status)
-        except OSError:
+            write_text(path, status)
+        except UserError:
             self.leave_run_directory()  # on a full disk the lock's own record makes the room
-            with contextlib.suppress(OSError):
-                write_atomically(path, status)
+            with contextlib.suppress(UserError):
+                write_text(path, status)
         if error is not None and starter() is not None and path.exists():
             mark_as_told(error)  # who waits says it, after the launcher's own words
 

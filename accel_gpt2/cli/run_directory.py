@@ -6,6 +6,7 @@ from pathlib import Path
 
 from accel_gpt2.classify.aside import is_trained, make_way
 from accel_gpt2.classify.lock import LOCK_FILE, OWNER_FILE, check_free
+from accel_gpt2.durable import make_directory, write_text
 from accel_gpt2.errors import UsageError, UserError
 from accel_gpt2.recipe import (
     WARNED_FIELDS,
@@ -51,13 +52,13 @@ def prepare_run_directory(run_directory: Path, recipe: TrainRecipe, *, resume: s
     check_run_directory(run_directory, recipe, resume=resume)
     make_way(run_directory, resume=resume)
     try:
-        run_directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_directory / RECIPE_FILE, to_yaml(recipe))
+        make_directory(run_directory)
     except OSError as error:
         raise UserError(
             f"The run directory {run_directory} cannot be written: {error.strerror}. Give another "
             "--output-dir."
         ) from None
+    write_text(run_directory / RECIPE_FILE, to_yaml(recipe))
 
 
 def check_run_directory(
@@ -109,10 +110,3 @@ def require_run(run_directory: Path) -> None:
         runs = sorted(path.parent for path in run_directory.parent.glob(f"*/{RECIPE_FILE}"))
         there = f" There are {', '.join(map(str, runs[:5]))}." if runs else ""
         raise UsageError(f"{run_directory} {what} (no {RECIPE_FILE} in it).{there}")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the whole new one."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_text(text, encoding="utf-8")
-    staging.replace(path)

@@ -39,8 +39,8 @@ from accel_gpt2.cli.run_directory import (
     check_run_directory,
     default_run_directory,
     prepare_run_directory,
-    write_atomically,
 )
+from accel_gpt2.durable import write_text
 from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
 from accel_gpt2.plan.batch import profile_recipe_defaults
 from accel_gpt2.recipe import (
@@ -138,11 +138,11 @@ def launch_training(options: TrainOptions, launcher: Launcher = run_launch) -> i
     recipe = choice.resolved.recipe
     with claim(choice.run_directory):
         prepare_run_directory(choice.run_directory, recipe, resume=options.resume)
-        write_atomically(
+        write_text(
             choice.run_directory / ACCELERATE_FILE,
             accelerate_config(choice.profile, recipe.mixed_precision),
         )
-        write_atomically(choice.run_directory / COMMAND_FILE, launch.line + "\n")
+        write_text(choice.run_directory / COMMAND_FILE, launch.line + "\n")
         say(f"$ {launch.line}", style="bold")
         return launcher(launch)
 

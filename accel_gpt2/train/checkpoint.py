@@ -42,9 +42,7 @@ from accel_gpt2.durable import (
     write_bytes,
     writing,
 )
-from accel_gpt2.durable import write_json as write_json
 from accel_gpt2.errors import UserError
-from accel_gpt2.train.manifest import MANIFEST as MANIFEST
 from accel_gpt2.train.manifest import (
     finish_replacing,
     first_problem,
@@ -52,10 +50,8 @@ from accel_gpt2.train.manifest import (
     read_json,
     read_manifest,
     staged_directory,
+    verify,
 )
-from accel_gpt2.train.manifest import is_whole as is_whole
-from accel_gpt2.train.manifest import publish_directory as publish_directory
-from accel_gpt2.train.manifest import verify as verify
 from accel_gpt2.units import format_bytes
 
 MODEL_FILE = "model.safetensors"

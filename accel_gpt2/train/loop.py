@@ -23,13 +23,13 @@ from accel_gpt2.train.checkpoint import (
     Identity,
     TrainState,
     checkpoint_path,
-    is_whole,
     point_best_at,
     read_checkpoint,
     rotate,
     save_checkpoint,
     write_array,
 )
+from accel_gpt2.train.manifest import is_whole
 from accel_gpt2.train.memory import fitting_micro_batch_tokens
 from accel_gpt2.train.model import LanguageModel
 from accel_gpt2.train.nonfinite import (

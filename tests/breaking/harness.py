@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import load_file
 
 from accel_gpt2.report.read import read_run
-from accel_gpt2.train.checkpoint import list_checkpoints, verify
+from accel_gpt2.train.checkpoint import list_checkpoints
+from accel_gpt2.train.manifest import verify
 
 # Far above what a start takes on a busy machine; whoever is not done by then hangs.
 START_SECONDS = 120.0

@@ -16,7 +16,8 @@ from accel_gpt2.classify import fit as fit_module
 from accel_gpt2.classify.fit import fit
 from accel_gpt2.cli.errors import outcome
 from accel_gpt2.errors import ExitCode
-from accel_gpt2.train.checkpoint import list_checkpoints, verify
+from accel_gpt2.train.checkpoint import list_checkpoints
+from accel_gpt2.train.manifest import verify
 
 from .conftest import resolve_tiny
 from .runs import assert_same_models

@@ -26,7 +26,8 @@ from accel_gpt2.classify.run import open_run
 from accel_gpt2.data.batching import epoch_batches
 from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
 from accel_gpt2.recipe import read_layer, resolve, to_yaml
-from accel_gpt2.train.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, verify
+from accel_gpt2.train.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
+from accel_gpt2.train.manifest import verify
 from accel_gpt2.train.model import build_model
 from accel_gpt2.train.schedule import BatchSchedule
 

@@ -23,8 +23,8 @@ from accel_gpt2.train.checkpoint import (
     read_state,
     read_weights,
     save_checkpoint,
-    verify,
 )
+from accel_gpt2.train.manifest import verify
 from accel_gpt2.train.model import LanguageModel
 
 from .conftest import read_log, resolve_tiny

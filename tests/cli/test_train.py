@@ -6,9 +6,8 @@ import multiprocessing
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from multiprocessing.synchronize import Barrier
+from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
 
 import pytest
@@ -263,12 +262,12 @@ def test_of_two_starts_at_the_same_moment_one_prepares_and_launches(
     context = multiprocessing.get_context("fork")
     results = context.Queue()
 
-    def start(run: Path, seed: int, together: Barrier) -> None:
+    def start(run: Path, seed: int, together: Barrier, refused: Event) -> None:
         given = options(model="gpt2-tiny", dataset=str(texts), seed=seed, output_dir=run)
 
         def launcher(launch: Launch) -> int:
             results.put((seed, "launched"))
-            time.sleep(1.0)
+            refused.wait(timeout=20)
             seeds.append(resolve([read_layer(run / "recipe.yaml")]).recipe.seed)
             return 0
 
@@ -279,12 +278,13 @@ def test_of_two_starts_at_the_same_moment_one_prepares_and_launches(
             results.put((seed, f"read {seeds}"))
         except UserError as error:
             results.put((seed, str(error)))
+            refused.set()
 
     for number in range(4):
-        together = context.Barrier(2)
+        together, refused = context.Barrier(2), context.Event()
+        run = tmp_path / f"run-{number}"
         starts = [
-            context.Process(target=start, args=(tmp_path / f"run-{number}", seed, together))
-            for seed in (1, 2)
+            context.Process(target=start, args=(run, seed, together, refused)) for seed in (1, 2)
         ]
         for process in starts:
             process.start()

@@ -27,14 +27,13 @@ from accel_gpt2.train.checkpoint import (
     mend_best,
     newest_checkpoint,
     point_best_at,
-    publish_directory,
     read_checkpoint,
     read_state,
     rotate,
     save_checkpoint,
     set_aside_newer,
-    verify,
 )
+from accel_gpt2.train.manifest import publish_directory, verify
 from accel_gpt2.train.optim import build_optimizer
 
 IDENTITY = Identity(
