@@ -70,6 +70,16 @@ def run_directory(tmp_path: Path) -> Path:
     return directory
 
 
+@pytest.fixture(autouse=True)
+def _own_signal_handlers() -> Iterator[None]:
+    """What a trainer sets for the rest of its life ends with its test."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
 def launch_of(run_directory: Path, trainer: str, *arguments: str) -> Launch:
     """A launch of a trainer script through a launcher that dies at once from any signal."""
     scripts = run_directory.parent
@@ -305,6 +315,24 @@ def test_a_refused_trainer_does_not_speak_for_the_other_run(run_directory: Path)
             this.take_run_directory()
         assert [path.name for path in run_directory.iterdir()] == ["owner.json"]
         other.kill()
+
+
+def test_a_launchers_signal_does_not_hide_why_the_trainer_leaves(
+    run_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun sends SIGTERM to the survivors of a failure, perhaps while they write it down."""
+    real = launcher.write_atomically
+
+    def interrupted(path: Path, text: str) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(path, text)
+
+    monkeypatch.setattr(launcher, "write_atomically", interrupted)
+    with pytest.raises(UserError, match="peer"), recorded_outcome(run_directory) as this:  # noqa: PT012
+        this.take_run_directory()
+        raise UserError("Its peer failed.")
+    status = json.loads((run_directory / "status.json").read_text("utf-8"))
+    assert (status["exit_code"], status["message"]) == (1, "Its peer failed.")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
