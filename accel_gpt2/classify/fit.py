@@ -14,6 +14,7 @@ from accel_gpt2.classify.describe import announce_plan, describe_plan
 from accel_gpt2.classify.lock import hold
 from accel_gpt2.classify.prepare import PreparedData, prepare_data
 from accel_gpt2.classify.run import (
+    CALIBRATION,
     LOG,
     TRAINING_RECORD,
     holds_work,
@@ -232,9 +233,10 @@ def _fit_classes(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    on_first_process(accelerator, lambda: calibrate(run_directory, data, progress))
-    if plan and accelerator.is_main_process:  # something was trained
+    # Unless nothing was trained now, and an earlier start came to its end.
+    if accelerator.is_main_process and (plan or not (run_directory / CALIBRATION).is_file()):
         log_joint_validation(run_directory, directories, data, recipe)
+    on_first_process(accelerator, lambda: calibrate(run_directory, data, progress))
 
 
 def _write_plan(run_directory: Path, recipe: TrainRecipe, plan: dict[str, Any]) -> None:
@@ -255,7 +257,7 @@ def _publish_final(job: ClassTraining, tokenizer: TextTokenizer, state: TrainSta
     """Write `final/` from the best checkpoint: a model that transformers or peft loads as it is."""
     best = checkpoint_path(job.directory, state.best_step)
     verify(best)
-    job.model.load_trainable_state(read_weights(best))
+    job.model.load_trainable_state(read_weights(best), best)
 
     def write(staging: Path) -> None:
         job.model.save_pretrained(staging)

@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import threading
 import traceback
 
 import typer
@@ -73,6 +74,7 @@ def run(app: typer.Typer) -> None:
     global _show_traceback
     _show_traceback = False
     _open_streams()
+    threading.excepthook = _thread_failed
     try:
         check_ranks()
     except UsageError as error:  # which process may talk is unknown, so this one does
@@ -90,6 +92,15 @@ def run(app: typer.Typer) -> None:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """A thread of a library that met a full disk: the sentence, since the main thread will too."""
+    error = failure.exc_value
+    if error is not None and is_expected(error) and not _show_traceback:
+        sys.stderr.write(printable(f"{outcome(error)[1]}\n"))
+    else:
+        threading.__excepthook__(failure)
 
 
 def _open_streams() -> None:

@@ -123,8 +123,8 @@ def train_class(
 
     checkpoint = None if job.checkpoint is None else read_checkpoint(job.checkpoint)
     optimizer = build_optimizer(job.model, recipe)
-    if checkpoint is not None:
-        job.model.load_trainable_state(checkpoint.weights)
+    if checkpoint is not None and job.checkpoint is not None:
+        job.model.load_trainable_state(checkpoint.weights, job.checkpoint)
     plain_model = job.model
     model, optimizer = accelerator.prepare(job.model, optimizer)
     parameters = [parameter for parameter in plain_model.parameters() if parameter.requires_grad]

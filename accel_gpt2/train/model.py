@@ -99,8 +99,11 @@ class LanguageModel(nn.Module):
             self.model.save_pretrained(directory, **options)  # type: ignore[operator]
         config.use_cache = False
 
-    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
-        """Copy a checkpoint's tensors in place.
+    def load_trainable_state(self, state: dict[str, Tensor], source: Path) -> None:
+        """Copy the tensors of a checkpoint in place.
+
+        Args:
+            source: the checkpoint, for the message.
 
         Raises:
             UserError: when names or shapes are not this model's.
@@ -109,8 +112,9 @@ class LanguageModel(nn.Module):
         for name in sorted(own.keys() | state.keys()):
             if name not in own or name not in state or own[name].shape != state[name].shape:
                 raise UserError(
-                    f"The checkpoint is not of this model: {name} is "
-                    f"{_shape(state.get(name))} there and {_shape(own.get(name))} here."
+                    f"{source} is not of this model: {name} is {_shape(state.get(name))} there and "
+                    f"{_shape(own.get(name))} here. Give --resume with the path of another one, or "
+                    "--resume never to start anew (what is there is kept beside)."
                 )
             own[name].copy_(state[name])
 

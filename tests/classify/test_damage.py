@@ -264,7 +264,7 @@ def _no_state(directory: Path) -> None:
     ("change", "match"),
     [
         (_other_shapes, r"optimizer\.pt is not the state of an optimizer of the 28 tensors"),
-        (_other_names, r"The checkpoint is not of this model: .* is missing (t)?here"),
+        (_other_names, r"is not of this model: .* is missing (t)?here"),
         (_no_state, r"state\.json cannot be read: state: Field required"),
     ],
     ids=["shapes", "names", "state"],

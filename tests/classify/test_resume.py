@@ -297,7 +297,14 @@ def test_a_run_without_calibration_is_not_finished(
     shutil.copytree(trained_run, run, symlinks=True)
     expected = json.loads((run / "calibration.json").read_text())
     (run / "calibration.json").unlink()
+    lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    rows = [line for line in lines if '"joint_validation"' in line]
+    assert len(rows) == 2
+    (run / "log.jsonl").write_text("".join(line for line in lines if line not in rows))
     with pytest.raises(UserError, match=r"calibration\.json is missing\. Go on with"):
         open_run(run)
     fit(resolve_tiny(texts_file), run, quiet=True)
     assert json.loads((run / "calibration.json").read_text()) == expected
+    assert (run / "log.jsonl").read_text().endswith("".join(rows))
+    fit(resolve_tiny(texts_file), run, quiet=True)
+    assert (run / "log.jsonl").read_text().count('"joint_validation"') == 2
