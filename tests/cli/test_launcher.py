@@ -321,13 +321,13 @@ def test_a_launchers_signal_does_not_hide_why_the_trainer_leaves(
     run_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torchrun sends SIGTERM to the survivors of a failure, perhaps while they write it down."""
-    real = launcher.write_atomically
+    real = launcher.write_text
 
     def interrupted(path: Path, text: str) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         real(path, text)
 
-    monkeypatch.setattr(launcher, "write_atomically", interrupted)
+    monkeypatch.setattr(launcher, "write_text", interrupted)
     with pytest.raises(UserError, match="peer"), recorded_outcome(run_directory) as this:  # noqa: PT012
         this.take_run_directory()
         raise UserError("Its peer failed.")
