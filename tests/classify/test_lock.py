@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import time
@@ -19,6 +20,8 @@ import psutil
 import pytest
 
 from accel_gpt2.classify import lock
+from accel_gpt2.classify.evaluate import evaluate_run
+from accel_gpt2.classify.fit import fit
 from accel_gpt2.classify.lock import (
     Owner,
     check_free,
@@ -29,6 +32,8 @@ from accel_gpt2.classify.lock import (
     working_owner,
 )
 from accel_gpt2.errors import UserError
+
+from .conftest import resolve_tiny
 
 Forked = tuple[int, Connection]
 
@@ -365,3 +370,26 @@ def test_a_lock_that_stays_taken_is_not_waited_for(
         with pytest.raises(UserError, match="Another process holds"), hold(tmp_path / "run"):
             pass
     assert 0.2 <= time.monotonic() - started < 5
+
+
+def test_training_and_evaluating_keep_out_of_a_run_that_is_worked_in(
+    trained_run: Path, texts_file: Path, tmp_path: Path, fork: Callable[..., Forked]
+) -> None:
+    """`fit` and `evaluate_run` hold the lock themselves, whoever calls them, and write nothing
+    when they are refused."""
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run, symlinks=True)
+    pid, told = fork(_hold, run)
+    assert _answer(told) == "holds"
+    before = sorted((path, path.lstat().st_mtime_ns) for path in run.rglob("*"))
+    for work in (
+        lambda: fit(resolve_tiny(texts_file), run, resume="never", quiet=True),
+        lambda: evaluate_run(run, quiet=True),
+    ):
+        with pytest.raises(UserError, match=rf"Process {pid} on .* is at work in"):
+            work()
+    assert sorted((path, path.lstat().st_mtime_ns) for path in run.rglob("*")) == before
+    told.send("let go")
+    assert _answer(told) == "ended"
+    fit(resolve_tiny(texts_file), run, quiet=True)
+    assert read_owner(run) is None
