@@ -1,5 +1,6 @@
 """A trained run to damage, and the number of examples of the short and of the long form."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ NOTHING = Case(id="nothing", argv=("accel-gpt2",), said="")
 @pytest.fixture(scope="session")
 def run_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small run of two classes, trained and evaluated through the command line."""
-    return train_template(tmp_path_factory)
+    return train_template(tmp_path_factory.getbasetemp())
 
 
-def train_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train and evaluate it; the same in every process."""
-    folder = tmp_path_factory.mktemp("template")
+@functools.cache
+def train_template(base: Path) -> Path:
+    """Train and evaluate it, once for all tests of a process, below a folder of theirs."""
+    folder = base / "template"
+    folder.mkdir()
     make_workshop(folder, NOTHING, None)
     cache = {"ACCEL_GPT2_CACHE": str(folder / "cache")}
     argv = train_argv("good", "--set=keep_checkpoints=1", output_dir="run")
@@ -30,4 +33,4 @@ def train_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def num_examples(request: pytest.FixtureRequest) -> int:
     """How many generated inputs one test takes: few, or with --torture many."""
-    return 300 if request.config.getoption("--torture", default=False) else 10
+    return 300 if request.config.getoption("--torture", default=False) else 6

@@ -343,7 +343,7 @@ def seconds(request: pytest.FixtureRequest) -> float:
     return 20.0 if request.config.getoption("--torture", default=False) else 0.0
 
 
-def rounds(name: str, seconds: float, at_least: int = 2) -> Iterator[random.Random]:
+def rounds(name: str, seconds: float, at_least: int = 1) -> Iterator[random.Random]:
     """Random numbers for one mutation after another, until the time is over."""
     started = time.monotonic()
     number = 0
@@ -430,10 +430,10 @@ def test_a_changed_data_file_is_read_or_refused(kind: str, tmp_path: Path, secon
         texts, labels = zip(*pairs, strict=True)
         pq.write_table(pa.table({"text": texts, "label": labels}), original)
     seen: Counter[int] = Counter()
-    for random_ in rounds(kind, seconds * 4, at_least=6):
+    for random_ in rounds(kind, seconds * 4, at_least=4):
         workshop(tmp_path / "w")
         (tmp_path / "w" / "data").mkdir()
         data = mutated(original.read_bytes(), random_)
         (tmp_path / "w" / "data" / f"train.{kind}").write_bytes(data)
         seen[check_generated(tmp_path / "w", TRAIN).exit_code] += 1
-    assert seen[1] >= 2
+    assert seen[1] >= 1

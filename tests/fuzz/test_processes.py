@@ -46,7 +46,7 @@ LIGHT = (
     "an-alias-bomb-yaml",
     "report-nowhere",
 )
-HEAVY = ("label-null-jsonl", "predict-final-model.safetensors-flip", "model-zero-heads")
+HEAVY = ("label-null-jsonl", "predict-final-model.safetensors-flip")
 
 
 def test_all_tables_together_are_more_than_promised() -> None:
@@ -105,7 +105,6 @@ def test_a_process_of_its_own_says_the_same(id: str, tmp_path: Path, run_templat
 
 
 PROFILES = Case(id="profiles", argv=("accel-gpt2", "profiles"), said="")
-DRY_RUN = Case(id="dry", argv=("accel-gpt2", "train", "--dry-run"), said="")
 
 
 @pytest.mark.parametrize(
@@ -143,11 +142,10 @@ def test_strange_surroundings_are_no_reason_to_fail(
     variables: dict[str, str | None], tmp_path: Path
 ) -> None:
     """What talks only goes on talking under every terminal, locale and home."""
-    for case in (PROFILES, DRY_RUN):
-        ended = start(case, tmp_path, **variables)
-        assert ended.exit_code == 0, ended.stderr
-        assert "Traceback" not in ended.stderr
-        assert "rtx4070ti" in ended.stdout or "model: gpt2" in ended.stdout
+    ended = start(PROFILES, tmp_path, **variables)
+    assert ended.exit_code == 0, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "rtx4070ti" in ended.stdout
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ A planted payload writes a file named `planted` when it is unpickled or imported
 import ast
 import hashlib
 import json
-import os
 import pickle
 import re
 import shutil
@@ -30,7 +29,6 @@ from tests.fuzz.harness import (
     train_argv,
     tree_digest,
 )
-from tests.security.conftest import Watched
 
 CODE = "open('planted', 'w').close()\n"
 
@@ -59,13 +57,6 @@ def test_the_payload_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     torch_pickle(tmp_path / "x.pt")
     torch.load(tmp_path / "x.pt", weights_only=False)
     assert (tmp_path / "planted").exists()
-
-
-def test_a_whole_run_unpickles_nothing(watched: Watched) -> None:
-    """Python's unpickler looks up no class from training to report, with a start that goes on from
-    a checkpoint (torch's weights-only reader is another, which builds tensors and plain values)."""
-    assert [name for event, name in watched.events if event == "pickle.find_class"] == []
-    assert ("pickle.find_class", "pathlib.PosixPath") in watched.check
 
 
 def with_tokenizer(*more: str) -> tuple[str, ...]:
@@ -308,16 +299,3 @@ def test_every_reader_is_told_what_not_to_do() -> None:
     assert len(SOURCES) >= 60
     assert set(seen) == set(TOLD)
     assert seen["AutoModelForCausalLM.from_pretrained"] == 3
-
-
-@pytest.mark.skipif(os.name == "nt", reason="modes are POSIX")
-def test_nothing_planted_is_left_executable(watched: Watched) -> None:
-    """No file of a run or of the cache can be executed."""
-    files = [
-        path
-        for root in (watched.folder / "work" / "run", watched.folder / "cache")
-        for path in root.rglob("*")
-        if path.is_file()
-    ]
-    assert len(files) >= 40
-    assert [path for path in files if path.stat().st_mode & 0o111] == []
