@@ -121,7 +121,7 @@ PLANTED: list[Case] = [
             argv=argv,
             files={
                 "model/config.json": CUSTOM,
-                "model/mine.py": CODE,
+                "model/mine.py": f"{CODE}# {init}: transformers runs each content once a process\n",
                 "model/model.safetensors": b"",
             },
             run=True,
