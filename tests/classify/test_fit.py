@@ -4,52 +4,26 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file
 
-from accel_gpt2.classify.evaluate import evaluate_run
 from accel_gpt2.classify.fit import fit
 from accel_gpt2.classify.prepare import prepare_data
 from accel_gpt2.classify.run import open_run
 from accel_gpt2.data.batching import epoch_batches
 from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
-from accel_gpt2.recipe import read_layer, resolve, to_yaml
-from accel_gpt2.train.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
+from accel_gpt2.train.checkpoint import list_checkpoints
 from accel_gpt2.train.manifest import verify
 from accel_gpt2.train.model import build_model
-from accel_gpt2.train.schedule import BatchSchedule
 
 from .conftest import read_log, resolve_tiny
-from .two_processes import documents_noted, stopped_at_question
-
-# Dropout draws other numbers for other shapes. AdamW divides by the gradient's size, so where that
-# is near its default epsilon of 1e-8 it would turn a rounding difference into a whole step.
-ROUNDING_STAYS_SMALL: dict[str, Any] = {"dropout": 0.0, "adam_epsilon": 1e-5, "max_steps": 8}
-
-
-def _final_weights(run: Path) -> list[dict[str, torch.Tensor]]:
-    files = sorted(run.glob("class-*/final/*.safetensors"))
-    assert len(files) == 3, files
-    return [load_file(file) for file in files]
-
-
-def _assert_equal_weights(a: Path, b: Path, *, rtol: float) -> None:
-    for mine, other in zip(_final_weights(a), _final_weights(b), strict=True):
-        assert mine.keys() == other.keys()
-        for name, tensor in mine.items():
-            torch.testing.assert_close(tensor, other[name], rtol=rtol, atol=rtol)
+from .runs import ROUNDING_STAYS_SMALL, assert_close_models, final_weights, losses
 
 
 def _send_at_step(log: Path, step: int, number: int, *, class_index: int) -> threading.Thread:
@@ -134,15 +108,6 @@ def test_a_second_start_trains_nothing(
     assert capsys.readouterr().err.count("is trained already") == 3
 
 
-def _losses(run: Path) -> list[tuple[int, int, float]]:
-    rows = {
-        (row["class_index"], row["step"]): row["loss"]
-        for row in read_log(run)
-        if row["event"] == "step"
-    }
-    return [(*key, loss) for key, loss in sorted(rows.items())]
-
-
 def test_small_micro_batches_equal_one_large_one(texts_file: Path, tmp_path: Path) -> None:
     """Accumulating over micro batches trains the same model as the global batch at once."""
     for name, tokens in (("large", 4096), ("small", 24)):
@@ -151,180 +116,9 @@ def test_small_micro_batches_equal_one_large_one(texts_file: Path, tmp_path: Pat
             tmp_path / name,
             quiet=True,
         )
-    _assert_equal_weights(tmp_path / "small", tmp_path / "large", rtol=1e-5)
-    losses = [np.array([x[2] for x in _losses(tmp_path / n)]) for n in ("small", "large")]
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def two_processes(
-    trained_run: Path,
-    texts_file: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    session_cache: Path,
-) -> Path:
-    """A folder with what one process and what two gloo processes made of the same recipes."""
-    folder = tmp_path_factory.mktemp("two")
-    changes = {**ROUNDING_STAYS_SMALL, "micro_batch_tokens": 64}
-    base = str(next(trained_run.glob("class-0-*/final")))
-    lora = {"model": base, "init": "pretrained", "tokenizer": "auto", "finetuning": "lora"}
-    with socket.socket() as free, pytest.MonkeyPatch.context() as patch:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        patch.setenv("ACCEL_GPT2_CACHE", str(session_cache))
-        for name, more in (("full", {}), ("lora", lora)):
-            resolved = resolve_tiny(texts_file, **changes, **more)
-            (folder / f"{name}.yaml").write_text(to_yaml(resolved.recipe))
-            fit(resolved, folder / f"one-{name}", quiet=True)
-            evaluate_run(folder / f"one-{name}", quiet=True)
-            if name == "full":  # what two processes will go on from
-                stopped_at_question(4, resolved, folder / "one-to-two", rank=0)
-                shutil.copytree(folder / "one-to-two", folder / "one-stopped", symlinks=True)
-        launched = {
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        script = Path(__file__).with_name("two_processes.py")
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(script), str(folder)],
-                env={**os.environ, **launched, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-    try:
-        talk = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(talk)[-6000:]
-    return folder
-
-
-@pytest.mark.parametrize("finetuning", ["full", "lora"])
-def test_two_processes_train_the_model_of_one(two_processes: Path, finetuning: str) -> None:
-    """Two gloo processes with their own micro batches: same losses, same weights, same scores."""
-    one, two = (two_processes / f"{number}-{finetuning}" for number in ("one", "two"))
-    assert json.loads((two / "plan.json").read_text())["world_size"] == 2
-    _assert_equal_weights(two, one, rtol=1e-5)
-    losses = [np.array([x[2] for x in _losses(run)]) for run in (one, two)]
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-    tables = [
-        pq.read_table(run / "evaluation" / "scores.parquet").to_pandas() for run in (one, two)
-    ]
-    assert tables[0]["document"].is_unique
-    assert (tables[0]["document"] == tables[1]["document"]).all()
-    columns = [f"log_likelihood_{index}" for index in range(3)]
-    np.testing.assert_allclose(tables[1][columns], tables[0][columns], atol=1e-3)
-    metrics = [json.loads((run / "evaluation" / "metrics.json").read_text()) for run in (one, two)]
-    assert metrics[0]["confusion_matrix"] == metrics[1]["confusion_matrix"]
-
-
-@pytest.mark.parametrize("number", [4, 8], ids=["within-an-epoch", "at-its-end"])
-@pytest.mark.parametrize("finetuning", ["full", "lora"])
-def test_two_processes_stopped_and_resumed_are_the_same(
-    two_processes: Path, finetuning: str, number: int
-) -> None:
-    """A signal to one process stops both, agreed and saved; bit for bit, losses and tensors."""
-    run = two_processes / f"two-{finetuning}-stopped-{number}"
-    seen = _seen(two_processes)
-    assert [rank[run.name] for rank in seen] == [ExitCode.STOPPED, ExitCode.STOPPED]
-    assert any(row["event"] == "resume" for row in read_log(run))
-    whole = two_processes / f"two-{finetuning}"
-    _assert_equal_weights(run, whole, rtol=0)
-    assert _losses(run) == _losses(whole)
-
-
-def test_another_number_of_processes_goes_on(two_processes: Path) -> None:
-    """From two to one and from one to two: the same state, and what an epoch has left, once."""
-    seen = _seen(two_processes)
-    assert [rank["to-one"] for rank in seen] == [ExitCode.STOPPED, ExitCode.STOPPED]
-    (by_one,), (by_two,) = (
-        list_checkpoints(two_processes / name / "class-0-kitchen")
-        for name in ("one-stopped", "two-to-one")
-    )
-    _assert_equal_state(read_checkpoint(by_one), read_checkpoint(by_two))
-
-    resolved = resolve([read_layer(two_processes / "full.yaml")])
-    with documents_noted() as documents:
-        fit(resolved, two_processes / "two-to-one", quiet=True)
-    for resumed in ("two-to-one", "one-to-two"):
-        _assert_equal_weights(two_processes / resumed, two_processes / "two-full", rtol=1e-5)
-
-    # Every document as often as the steps that were left have it, whichever process took it.
-    data = prepare_data(resolved.recipe, progress=False)
-    left: list[int] = []
-    for index in range(3):
-        mine = data.train.for_class(index)
-        schedule = BatchSchedule(data.train.lengths[mine], resolved.recipe)
-        batches = [*schedule.epoch(0), *schedule.epoch(1)][: schedule.total_steps]
-        done = 3 if index == 0 else 0
-        left += [int(row) for batch in batches[done:] for row in data.train.rows[mine][batch]]
-    assert sorted(documents) == sorted(left)
-    assert sorted(seen[0]["documents"] + seen[1]["documents"]) == sorted(left)
-
-
-def _assert_equal_state(one: Checkpoint, two: Checkpoint) -> None:
-    """Weights, moments and place of one process's checkpoint and of two processes' one."""
-    assert (one.state.step, one.state.tokens, one.state.epoch, one.state.batch) == (
-        two.state.step,
-        two.state.tokens,
-        two.state.epoch,
-        two.state.batch,
-    )
-    assert [len(item.random_states) for item in (one, two)] == [1, 2]
-    assert one.weights.keys() == two.weights.keys()
-    for name, tensor in one.weights.items():
-        torch.testing.assert_close(two.weights[name], tensor, rtol=1e-5, atol=1e-5)
-    states = [item.optimizer["optimizer"]["state"] for item in (one, two)]
-    assert states[0].keys() == states[1].keys()
-    for index, moments in states[0].items():
-        for name, tensor in moments.items():
-            torch.testing.assert_close(states[1][index][name], tensor, rtol=1e-4, atol=1e-6)
-
-
-def test_memory_that_runs_out_on_one_process_halves_on_both(two_processes: Path) -> None:
-    """The probe is agreed on, so the ranks stay in step, and the model is the same."""
-    run = two_processes / "two-memory"
-    assert yaml.safe_load((run / "recipe.yaml").read_text())["micro_batch_tokens"] <= 60
-    assert [row["event"] for row in read_log(run)].count("micro_batch_halved") == 1
-    _assert_equal_weights(run, two_processes / "two-full", rtol=1e-5)
-
-
-def test_numbers_that_go_wrong_on_one_process_stop_both(two_processes: Path) -> None:
-    """The same sentence on both, and the documents of the process that had them."""
-    seen = _seen(two_processes)
-    assert "are not finite, and nothing was saved" in seen[0]["nan"]
-    assert seen[0]["nan"] == seen[1]["nan"]
-    (path,) = (two_processes / "two-nan").glob("class-0-*/nonfinite.jsonl")
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(records) == 3
-    assert all(item["loss"] == "nan" for x in records for item in x["micro_batches"])
-    assert all(item["document_rows"] for x in records for item in x["micro_batches"])
-
-
-def test_a_failure_of_the_writing_process_reaches_all(two_processes: Path) -> None:
-    """A disk that is full on the first process ends the others too, with the same sentence."""
-    seen = _seen(two_processes)
-    assert "1000 B are free" in seen[0]["disk"]
-    assert seen[1]["disk"] == seen[0]["disk"]
-
-
-def test_fewer_documents_than_processes_are_scored(two_processes: Path) -> None:
-    """A rank without a document takes part and has the score as well."""
-    seen = _seen(two_processes)
-    assert len(seen[0]["scores"]) == 1
-    assert seen[0]["scores"][0] < 0
-    assert seen[0]["scores"] == seen[1]["scores"]
-
-
-def _seen(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert_close_models(tmp_path / "small", tmp_path / "large", rtol=1e-5)
+    small, large = (np.array([x[2] for x in losses(tmp_path / n)]) for n in ("small", "large"))
+    np.testing.assert_allclose(small, large, rtol=1e-5)
 
 
 def test_lora_on_a_pretrained_directory(
@@ -349,7 +143,7 @@ def test_lora_on_a_pretrained_directory(
     with pytest.raises(StoppedEarly, match="SIGTERM"):
         fit(recipe, run, quiet=True)
     fit(recipe, run, quiet=True)
-    _assert_equal_weights(run, tmp_path / "whole", rtol=0)
+    assert_close_models(run, tmp_path / "whole", rtol=0)
     final = next(run.glob("class-1-*/final"))
     model = AutoPeftModelForCausalLM.from_pretrained(final)
     assert any("lora_A" in name for name, _ in model.named_parameters())
@@ -362,9 +156,9 @@ def test_bf16_autocast_learns_and_keeps_fp32_weights(texts_file: Path, tmp_path:
         tmp_path / "run",
         quiet=True,
     )
-    losses = [loss for index, _, loss in _losses(tmp_path / "run") if index == 0]
-    assert losses[-1] < losses[0] - 0.3
-    for weights in _final_weights(tmp_path / "run"):
+    of_class = [loss for index, _, loss in losses(tmp_path / "run") if index == 0]
+    assert of_class[-1] < of_class[0] - 0.3
+    for weights in final_weights(tmp_path / "run"):
         assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
@@ -400,7 +194,7 @@ def test_time_limit_saves_and_says_so(texts_file: Path, tmp_path: Path) -> None:
         fit(resolve_tiny(texts_file, max_time_seconds=0.1), tmp_path / "run", quiet=True)
     assert stopped.value.exit_code == ExitCode.LIMIT_REACHED
     fit(resolve_tiny(texts_file, max_time_seconds=600.0), tmp_path / "run", quiet=True)
-    assert len(_final_weights(tmp_path / "run")) == 3
+    assert len(final_weights(tmp_path / "run")) == 3
 
 
 def test_another_recipe_in_the_same_directory_is_refused(
