@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import pytest
 # Tests run side by side and multiply small matrices: one thread each is the fastest. Read by torch
 # when it is loaded, which no test has done yet.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell that starts the tests in the background has Ctrl-C ignored in them and in all that they
+# start; what these do with it is to be seen.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Words of three made-up languages: a tiny model tells them apart after a few steps.
 _WORDS = {
