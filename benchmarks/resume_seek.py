@@ -36,7 +36,7 @@ def _write_texts(path: Path, num_documents: int) -> None:
 
 
 def _start(resolved: Any, run: Path) -> dict[str, float]:
-    """Start the run, stop it after its first step, and say when what happened, in seconds."""
+    """Start the run, stop it after the large class's first step, and say when what happened."""
     times: dict[str, float] = {}
     real_split, real_prepare = loop.split_micro_batches, fitting.prepare_data
     real_epoch = BatchSchedule.epoch
@@ -54,7 +54,7 @@ def _start(resolved: Any, run: Path) -> dict[str, float]:
         return batches
 
     def split(*arguments: Any, **options: Any) -> Any:
-        if "batch" not in times:
+        if "batch" not in times and len(arguments[0]) > 200:  # the small class trains to its end
             times["batch"] = time.perf_counter()
             os.kill(os.getpid(), signal.SIGTERM)
         return real_split(*arguments, **options)
@@ -111,8 +111,7 @@ def main(num_documents: int, step: int) -> None:
             "train_split": "train",
         }
         resolved = resolve([Layer(origin="benchmark", values=values)])
-        while not list(run.glob("class-1-many/checkpoint-*")):  # the small class comes first
-            _start(resolved, run)
+        _start(resolved, run)
         epoch = _claim_step(resolved, run, step)
         times = _start(resolved, run)
         sys.stdout.write(
