@@ -9,6 +9,7 @@ import torch
 
 from accel_gpt2.data.batching import Documents, collate
 from accel_gpt2.errors import DoesNotFitError
+from accel_gpt2.failures import machine_failure
 from accel_gpt2.train.model import LanguageModel
 from accel_gpt2.train.scoring import to_device
 
@@ -77,7 +78,7 @@ def _fits(model: LanguageModel, batch: list[Any], reserved_bytes: int, accelerat
         try:
             _forward_and_backward(model, batch, reserved_bytes, accelerator)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not isinstance(machine_failure(error), DoesNotFitError):
                 raise
             failed = True
     model.zero_grad(set_to_none=True)
@@ -99,14 +100,3 @@ def _forward_and_backward(
         loss = model(*to_device(collate(batch), device))
     loss.backward()
     del reserved  # held until here
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a failure is for want of memory, on a GPU or in main memory."""
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    return (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or (isinstance(error, Exception) and should_reduce_batch_size(error))
-        or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
-    )

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from accel_gpt2.classify.fit import fit
 from accel_gpt2.errors import StoppedEarly, UserError
-from accel_gpt2.recipe import Layer, ResolvedRecipe, resolve
+from accel_gpt2.recipe import Layer, resolve
 from accel_gpt2.train.checkpoint import (
     Identity,
     TrainState,
@@ -26,28 +26,13 @@ from accel_gpt2.train.optim import build_optimizer
 from accel_gpt2.train.processes import build_accelerator
 from accel_gpt2.train.scoring import score_documents
 from accel_gpt2.train.stopping import StopRequest
+from tests.classify.conftest import resolve_tiny
 
 
 @pytest.fixture(autouse=True)
 def _needs_a_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.fail(f"torch {torch.__version__} sees no CUDA GPU here, and these tests are for one")
-
-
-def _recipe(texts_file: Path, **changes: Any) -> ResolvedRecipe:
-    values: dict[str, Any] = {
-        "model": "gpt2-tiny",
-        "dataset": str(texts_file),
-        "tokenizer_vocab_size": 300,
-        "max_length": 48,
-        "global_batch_size": 4,
-        "epochs": 2.0,
-        "log_every_steps": 1,
-        "dropout": 0.1,
-        "trackers": [],
-        **changes,
-    }
-    return resolve([Layer(origin="test", values=values)])
 
 
 def _log(run: Path, event: str) -> list[dict[str, Any]]:
@@ -65,7 +50,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixed_precision: str
 ) -> None:
     """Losses and tensors, up to what the GPU's own sums in changing order allow."""
-    resolved = _recipe(texts_file, mixed_precision=mixed_precision)
+    resolved = resolve_tiny(texts_file, mixed_precision=mixed_precision)
     fit(resolved, tmp_path / "whole", quiet=True)
     ask = StopRequest.requested
     asked = 0
@@ -99,7 +84,9 @@ def test_memory_that_runs_out_is_halved(texts_file: Path, tmp_path: Path) -> Non
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 120 * 2**20) / total)
     try:
-        resolved = _recipe(texts_file, model="gpt2-mini", micro_batch_tokens=2**16, max_steps=2)
+        resolved = resolve_tiny(
+            texts_file, model="gpt2-mini", micro_batch_tokens=2**16, max_steps=2
+        )
         fit(resolved, tmp_path / "run", quiet=True)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -115,7 +102,7 @@ def test_a_collapsing_loss_scale_is_explained(
     monkeypatch.setattr(
         LanguageModel, "forward", lambda self, *tensors: forward(self, *tensors) * 1e12
     )
-    resolved = _recipe(texts_file, mixed_precision="fp16", epochs=20.0)
+    resolved = resolve_tiny(texts_file, mixed_precision="fp16", epochs=20.0)
     with pytest.raises(UserError, match=r"fp16's loss scale fell to 0\.5 .*bf16"):
         fit(resolved, tmp_path / "run", quiet=True)
 
