@@ -48,7 +48,7 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     path = config.getoption("--torture-report")
-    if path is not None:
+    if path is not None and not hasattr(config, "workerinput"):  # a worker has but its own tests
         from tests.breaking.torture_report import write_torture_report
 
         stats = terminalreporter.stats
