@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 import accel_gpt2
 from accel_gpt2.catalog.optimizers import OPTIMIZERS
 from accel_gpt2.classify.prepare import PreparedData
-from accel_gpt2.data.batching import count_epoch_batches
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.model import LanguageModel
 from accel_gpt2.train.progress import TrainProgress
+from accel_gpt2.train.schedule import BatchSchedule
 from accel_gpt2.units import format_bytes, format_count
 from accel_gpt2.versions import installed_versions
 
@@ -103,13 +103,7 @@ def num_saves(recipe: TrainRecipe, total_steps: int, steps_per_epoch: int) -> in
 def _steps_per_epoch(recipe: TrainRecipe, total_steps: int, lengths: NDArray[Any]) -> int:
     if recipe.max_steps is None or total_steps < recipe.max_steps:
         return math.ceil(total_steps / recipe.epochs)
-    return count_epoch_batches(
-        lengths,
-        global_batch_tokens=recipe.global_batch_tokens,
-        global_batch_size=recipe.global_batch_size,
-        seed=recipe.seed,
-        epoch=0,
-    )
+    return len(BatchSchedule(lengths, recipe, total_steps=total_steps).epoch(0))
 
 
 def announce_plan(

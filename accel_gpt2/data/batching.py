@@ -61,51 +61,6 @@ def epoch_batches(
     >>> sorted(int(i) for batch in batches for i in batch), 1 in batches[0]
     ([0, 1, 2, 3], True)
     """
-    batches, random = _cut_epoch(
-        lengths,
-        global_batch_tokens=global_batch_tokens,
-        global_batch_size=global_batch_size,
-        seed=seed,
-        epoch=epoch,
-    )
-    shuffled = [batches[i] for i in random.permutation(len(batches))]
-    if epoch == 0 and shuffled:
-        longest = np.maximum.reduceat(
-            np.asarray(lengths)[np.concatenate(shuffled)],
-            np.cumsum([0, *(len(batch) for batch in shuffled[:-1])]),
-        )
-        shuffled.insert(0, shuffled.pop(int(longest.argmax())))
-    return shuffled
-
-
-def count_epoch_batches(
-    lengths: NDArray[Any],
-    *,
-    global_batch_tokens: int | None,
-    global_batch_size: int | None,
-    seed: int,
-    epoch: int,
-) -> int:
-    """`len(epoch_batches(...))`, in half its time."""
-    batches, _ = _cut_epoch(
-        lengths,
-        global_batch_tokens=global_batch_tokens,
-        global_batch_size=global_batch_size,
-        seed=seed,
-        epoch=epoch,
-    )
-    return len(batches)
-
-
-def _cut_epoch(
-    lengths: NDArray[Any],
-    *,
-    global_batch_tokens: int | None,
-    global_batch_size: int | None,
-    seed: int,
-    epoch: int,
-) -> tuple[list[Indices], np.random.Generator]:
-    """The batches of an epoch before they are shuffled, and the generator to shuffle them with."""
     random = np.random.default_rng((seed, epoch))
     order = random.permutation(len(lengths))
     predicted = np.asarray(lengths, dtype=np.int64) - 1
@@ -127,7 +82,15 @@ def _cut_epoch(
         else:
             cuts = _cut_by_tokens(predicted[pool], global_batch_tokens or 1)
         batches += [pool[start:end] for start, end in itertools.pairwise(cuts)]
-    return batches, random
+
+    shuffled = [batches[i] for i in random.permutation(len(batches))]
+    if epoch == 0 and shuffled:
+        longest = np.maximum.reduceat(
+            np.asarray(lengths)[np.concatenate(shuffled)],
+            np.cumsum([0, *(len(batch) for batch in shuffled[:-1])]),
+        )
+        shuffled.insert(0, shuffled.pop(int(longest.argmax())))
+    return shuffled
 
 
 def _cut_by_tokens(tokens: Indices, budget: int) -> list[int]:

@@ -43,7 +43,7 @@ from accel_gpt2.train.nonfinite import (
     write_nonfinite_step,
 )
 from accel_gpt2.train.optim import build_optimizer, learning_rate_at
-from accel_gpt2.train.processes import on_first_process
+from accel_gpt2.train.processes import gather_objects, on_first_process
 from accel_gpt2.train.progress import TrainProgress, describe_step
 from accel_gpt2.train.schedule import BatchSchedule
 from accel_gpt2.train.scoring import score_documents, to_device
@@ -201,7 +201,7 @@ def train_class(
             return
         save_started = time.monotonic()
         gather_loss()
-        random_states = _gather(accelerator, _random_state(device))
+        random_states = gather_objects(accelerator, _random_state(device))
 
         def write() -> None:
             save_checkpoint(
@@ -446,14 +446,6 @@ def _set_random_state(states: Sequence[dict[str, torch.Tensor]], rank: int) -> N
     torch.set_rng_state(states[rank]["cpu"])
     if "cuda" in states[rank] and torch.cuda.is_available():
         torch.cuda.set_rng_state(states[rank]["cuda"])
-
-
-def _gather(accelerator: Any, item: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    if accelerator.num_processes == 1:
-        return [item]
-    gathered: list[Any] = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(gathered, item)
-    return gathered
 
 
 def _optimizer_state(accelerator: Any, optimizer: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 
 from accel_gpt2.data.batching import Indices
 from accel_gpt2.errors import UserError
+from accel_gpt2.train.processes import gather_objects
 from accel_gpt2.train.run_log import append_json_line
 
 NONFINITE_FILE = "nonfinite.jsonl"  # in each class's directory
@@ -41,11 +42,7 @@ class MicroBatchLoss:
 def describe_losses(micro_batches: Sequence[MicroBatchLoss], accelerator: Any) -> list[Any]:
     """(documents, loss) of every micro batch of a step, on all ranks; the same on each."""
     own = [([int(i) for i in item.documents], float(item.loss)) for item in micro_batches]
-    if accelerator.num_processes == 1:
-        return own
-    gathered: list[Any] = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(gathered, own)
-    return [item for rank in gathered for item in rank]
+    return [item for rank in gather_objects(accelerator, own) for item in rank]
 
 
 def left_to_the_scaler(losses: Sequence[tuple[list[int], float]], scaler: Any) -> bool:

@@ -104,6 +104,15 @@ def on_first_process(accelerator: Any, work: Callable[[], T]) -> T:
     return result
 
 
+def gather_objects(accelerator: Any, item: T) -> list[T]:
+    """The item of every rank, in order, on all of them."""
+    if accelerator.num_processes == 1:
+        return [item]
+    gathered: list[Any] = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(gathered, item)
+    return gathered
+
+
 @contextlib.contextmanager
 def one_process_at_a_time(lock_file: Path) -> Iterator[None]:
     """Hold a lock of this machine's launched processes; it needs no process group."""
