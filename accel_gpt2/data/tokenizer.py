@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.data.cache import cached_file, content_key
 from accel_gpt2.data.hub import HubAnswer, ask_hub, why_unreachable
+from accel_gpt2.data.local_models import local_model
 from accel_gpt2.data.progress import document_progress
 from accel_gpt2.data.quiet import quiet_transformers
 from accel_gpt2.errors import UserError
@@ -149,8 +150,10 @@ def load_saved_tokenizer(directory: Path) -> TextTokenizer:
 
 
 def _from_pretrained(name: str) -> TextTokenizer:
-    if os.path.isdir(name):
+    if os.path.isdir(name):  # a tokenizer alone has no config.json
         return _from_directory(Path(name), name)
+    if (directory := local_model(name)) is not None:
+        return _from_directory(directory, name)
     # A file that is on this machine needs no hub; a hub that does not answer is not asked twice.
     if not _in_hub_cache(name):
         answer = ask_hub(name, "model")

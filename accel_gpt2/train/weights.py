@@ -1,9 +1,9 @@
 """Where a model's weights are; without torch, so that the launcher can ask before it starts one."""
 
 import os
-from pathlib import Path
 
 from accel_gpt2.catalog.models import MODELS
+from accel_gpt2.data.local_models import local_model
 from accel_gpt2.errors import UsageError
 
 
@@ -15,13 +15,8 @@ def weights_location(model: str) -> str:
     Raises:
         UsageError: when the model has no pretrained weights anywhere.
     """
-    folder = os.environ.get("ACCEL_GPT2_MODELS")
-    candidates = [Path(model), *([Path(folder) / model] if folder else [])]
-    for candidate in candidates:
-        if os.path.isfile(
-            candidate / "config.json"
-        ):  # which takes every string, as pathlib does not
-            return str(candidate)
+    if (directory := local_model(model)) is not None:
+        return str(directory)
     row = MODELS.get(model)
     if row is None:
         return model

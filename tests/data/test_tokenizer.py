@@ -226,13 +226,17 @@ def test_a_tokenizer_without_bos_starts_with_eos(tmp_path: Path) -> None:
 
 
 def test_which_tokenizer_a_recipe_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catalog sizes and their hub ids take the package's vocabulary; a directory takes its own."""
+    """Catalog sizes and their hub ids take the package's vocabulary; a directory takes its own,
+    also by its name under ACCEL_GPT2_MODELS."""
     monkeypatch.setattr(tokenizer_module, "ask_hub", lambda *_: pytest.fail("asked the hub"))
     own = str(_llama_style(tmp_path / "own"))
+    (tmp_path / "own" / "config.json").write_text("{}")
     for model in ("gpt2", "gpt2-xl", "distilgpt2", "openai-community/gpt2-large"):
         assert load_tokenizer(TrainRecipe(model=model), None).vocab_size == 50257
     assert load_tokenizer(TrainRecipe(model=own), None).eos_token_id == 2
     assert load_tokenizer(TrainRecipe(tokenizer=own), None).eos_token_id == 2
+    monkeypatch.setenv("ACCEL_GPT2_MODELS", str(tmp_path))
+    assert load_tokenizer(TrainRecipe(model="own"), None).eos_token_id == 2
 
 
 def test_tokenizers_that_cannot_be_had(tmp_path: Path, hub: Any, monkeypatch: Any) -> None:
