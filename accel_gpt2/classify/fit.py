@@ -55,7 +55,13 @@ from accel_gpt2.train.stopping import StopRequest, limits_of
 
 
 def fit(
-    resolved: ResolvedRecipe, run_directory: Path, *, resume: str = "auto", quiet: bool = False
+    resolved: ResolvedRecipe,
+    run_directory: Path,
+    *,
+    resume: str = "auto",
+    quiet: bool = False,
+    silent: bool = False,
+    handle_signals: bool = True,
 ) -> None:
     """Train every class of the recipe's data set, one after another, into `run_directory`.
 
@@ -65,6 +71,10 @@ def fit(
     Args:
         resume: "auto" goes on with what is there; "never" moves it aside and starts anew; a path
             to a checkpoint makes its class go on from that one.
+        quiet: plain lines in place of live ones.
+        silent: nothing is printed.
+        handle_signals: finish the step and save on a signal; False leaves signals to the program
+            that calls this, so that Ctrl-C is its KeyboardInterrupt.
 
     Raises:
         UserError: when something that the user can change stands in the way, such as another
@@ -72,14 +82,19 @@ def fit(
         StoppedEarly: by a signal, the time limit or the budget, with the work saved.
     """
     recipe = resolved.recipe
-    talks = is_first_process()
+    leads = is_first_process()
+    talks = leads and not silent
     goes_on = resume != "never"
     spent_seconds = read_spent_seconds(run_directory) if goes_on else 0.0
     limits = limits_of(recipe, spent_seconds)
     with (
         watching_peers(),
-        hold(run_directory) if talks else contextlib.nullcontext(),
-        StopRequest(limits, saved=goes_on and holds_work(run_directory)) as stop,
+        hold(run_directory) if leads else contextlib.nullcontext(),
+        StopRequest(
+            limits,
+            saved=goes_on and holds_work(run_directory),
+            handle_signals=handle_signals,
+        ) as stop,
     ):
         check_precision(recipe)
         check_trackers(recipe)

@@ -72,11 +72,14 @@ class StopRequest:
     is nothing to finish, and a signal ends the work where it is.
     """
 
-    def __init__(self, limits: Sequence[Limit] = (), *, saved: bool = False) -> None:
+    def __init__(
+        self, limits: Sequence[Limit] = (), *, saved: bool = False, handle_signals: bool = True
+    ) -> None:
         self.preparing = True
         self.saved = saved  # whether there is work on the disk to go on from
         self.announce: Callable[[str], None] = _write  # called from a signal handler
         self._limits = tuple(limits)
+        self._signals = _SIGNALS if handle_signals else ()
         self._started = time.monotonic()
         self._reserve_seconds = 0.0
         self._signal: int | None = None
@@ -85,7 +88,7 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in _SIGNALS:
+        for number in self._signals:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
