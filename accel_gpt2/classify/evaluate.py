@@ -39,7 +39,7 @@ from accel_gpt2.classify.run import (
     read_training_record,
 )
 from accel_gpt2.data.cache import cache_directory
-from accel_gpt2.data.sources import TextData, load_documents, load_text_data
+from accel_gpt2.data.sources import NO_TEST_SPLIT, TextData, load_documents, load_text_data
 from accel_gpt2.data.tokenized import TokenizedDocuments, tokenize_documents
 from accel_gpt2.durable import make_directory, write_json, writing
 from accel_gpt2.errors import UserError
@@ -99,6 +99,11 @@ def _evaluate(
                 "text back, or train again with --resume never."
             )
         own = dataset in (None, run.recipe.dataset) and split in (None, run.recipe.test_split)
+        if own and run.recipe.test_split == NO_TEST_SPLIT:
+            raise UserError(
+                f"{run_directory} was trained on all of its documents (test_split = none), so none "
+                "are left to test it on; give --dataset with others."
+            )
         documents = text.test if own else _other_documents(run, dataset, split)
         tokens = tokenize_documents(
             documents,
@@ -137,9 +142,10 @@ def _make_folder(folder: Path) -> None:
 
 def _other_documents(run: Run, dataset: str | None, split: str | None) -> datasets.Dataset:
     same = dataset in (None, run.recipe.dataset)
+    own_split = run.recipe.test_split
     return load_documents(
         dataset or run.recipe.dataset,
-        split or run.recipe.test_split,
+        split or ("test" if own_split == NO_TEST_SPLIT else own_split),
         run.class_names,
         text_field=run.recipe.text_field if same else "auto",
         label_field=run.recipe.label_field if same else "auto",

@@ -52,6 +52,7 @@ from accel_gpt2.errors import UserError, nearest
 from accel_gpt2.recipe import TrainRecipe
 
 __all__ = [
+    "NO_TEST_SPLIT",
     "TextData",
     "Treatment",
     "check_data_available",
@@ -62,6 +63,9 @@ __all__ = [
 DATA_VARIABLE = "ACCEL_GPT2_DATA"
 ALWAYS_AVAILABLE = "--model gpt2-tiny --dataset docstrings"
 
+# What `test_split` is set to where all documents are for training, and none are for a test.
+NO_TEST_SPLIT = "none"
+
 # Of local files and hub data sets without a row in the catalog that come without a test split.
 DEFAULT_TEST_FRACTION = 0.2
 
@@ -70,7 +74,8 @@ _MAX_NAME_CHARACTERS = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextData:
-    """Documents ready for training: disjoint splits in which every class occurs.
+    """Documents ready for training: disjoint splits in which every class occurs (`test` may have
+    been declined with `test_split = "none"`, and is empty then).
 
     The splits have the columns text (string), label (int, an index into `class_names`) and row
     (int, the row in the source split, from 0). `source` says in words where they were read;
@@ -135,7 +140,9 @@ def load_text_data(recipe: TrainRecipe, *, progress: bool = False) -> TextData:
     train = label_split(recipe.train_split, raw_train, class_names)
     train_rows, removed = clean_training_split(train)
     treatments += removed
-    if raw_test is None:
+    if recipe.test_split == NO_TEST_SPLIT:
+        test, test_rows = replace(train, name=recipe.test_split), train_rows[:0]
+    elif raw_test is None:
         cut = in_test_cut(train.digests[train_rows], location.test_fraction)
         test = replace(train, name=recipe.test_split)
         train_rows, test_rows = train_rows[~cut], train_rows[cut]
@@ -146,7 +153,8 @@ def load_text_data(recipe: TrainRecipe, *, progress: bool = False) -> TextData:
         treatments += notice_in_test(test)
         train_rows, shared = remove_shared_with_test(train, train_rows, test)
         treatments += shared
-    _require_every_class(test, test_rows, class_names, location, at_least=1)
+    if recipe.test_split != NO_TEST_SPLIT:
+        _require_every_class(test, test_rows, class_names, location, at_least=1)
     _require_every_class(train, train_rows, class_names, location, at_least=2)
 
     wanted = int(recipe.validation_fraction * len(train_rows))
@@ -352,7 +360,7 @@ def _require_splits(
             f"{location.words} has no split {train_split!r} (found: {listed}); name the training "
             "split with --set train_split=..."
         )
-    if test_split in present:
+    if test_split in (*present, NO_TEST_SPLIT):
         return
     if test_split != "test":
         raise UserError(

@@ -173,6 +173,19 @@ def test_the_class_limit_takes_a_seeded_choice(folder: Path) -> None:
     assert chosen.test["text"][:] == other.test["text"][:]
 
 
+def test_a_test_split_can_be_declined(folder: Path) -> None:
+    """With test_split = none every document is for training or validation, of a source without a
+    test split and of one with it."""
+    for name in ("alone.csv", "both/train.csv"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        data = load_text_data(recipe(write_csv(folder / name, pets(40)), test_split="none"))
+        assert sorted(_all_texts(data)) == sorted(text for text, _ in pets(40))
+        assert len(data.test) == 0
+        assert data.treatments == ()
+    write_csv(folder / "both/test.csv", pets(10, start=100))
+    assert len(load_text_data(recipe(folder / "both", test_split="none")).test) == 0
+
+
 def test_a_split_that_is_not_used_is_reported(folder: Path) -> None:
     """A validation file is left alone, and the report says so."""
     for name, start in (("train", 0), ("validation", 50), ("test", 100)):
