@@ -25,7 +25,7 @@ def test_wheel_installs_elsewhere_and_works(tmp_path: Path) -> None:
     for end in (
         "accel_gpt2/data/gpt2_vocabulary/vocab.json",
         "accel_gpt2/data/gpt2_vocabulary/merges.txt",
-        "accel_gpt2/report/template.html.j2",
+        "accel_gpt2/report/run.html.j2",
         "accel_gpt2/_launch/train.py",
         "accel_gpt2/_launch/evaluate.py",
         "licenses/LICENSE",

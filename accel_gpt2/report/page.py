@@ -1,57 +1,31 @@
 """One self-contained HTML page about a run, and the PNGs that stand on it."""
 
-import base64
 import itertools
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from accel_gpt2.report import plots
+from accel_gpt2.report.elements import (
+    UNKNOWN,
+    FigureOnPage,
+    Table,
+    draw_figure,
+    format_p_value,
+    percent,
+    percent_interval,
+    plain_items,
+    points_interval,
+    render,
+    three_decimals,
+    three_decimals_interval,
+    three_digits,
+    treatments_table,
+)
 from accel_gpt2.report.read import Run, read_run
 from accel_gpt2.units import format_bytes, format_count, format_seconds
-
-_UNKNOWN = "–"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FigureOnPage:
-    """A figure in both themes; the light one is also a file beside the page."""
-
-    file_name: str
-    title: str
-    caption: str
-    description: str  # for those who cannot see it
-    light_png: bytes
-    dark_png: bytes
-
-    @property
-    def width_pixels(self) -> int:
-        """CSS pixels at full size; the width stands in bytes 16 to 20 of every PNG."""
-        return round(int.from_bytes(self.light_png[16:20], "big") / plots.PNG_PIXELS_PER_CSS_PIXEL)
-
-    @property
-    def light_uri(self) -> str:
-        return _data_uri(self.light_png)
-
-    @property
-    def dark_uri(self) -> str:
-        return _data_uri(self.dark_png)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """The first `num_text_columns` columns hold text; the others hold numbers, set to the right."""
-
-    title: str
-    introduction: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    num_text_columns: int = 1
 
 
 def write_report(run_directory: Path) -> Path:
@@ -76,19 +50,13 @@ def write_report(run_directory: Path) -> Path:
 
 def render_page(run: Run, figures: Sequence[FigureOnPage]) -> str:
     """The page as HTML text; all text from the run is escaped."""
-    environment = Environment(
-        loader=PackageLoader("accel_gpt2.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     metrics = run.metrics or {}
     model = metrics.get("model") or run.recipe.get("model")
     num_parameters = run.plan.get("num_parameters")
     size = f"{format_count(num_parameters)} parameters per class" if num_parameters else None
     dataset = metrics.get("dataset") or run.recipe.get("dataset")
-    return environment.get_template("template.html.j2").render(
+    return render(
+        "run.html.j2",
         name=run.directory.resolve().name,
         subtitle=" · ".join(str(x) for x in (model, size, dataset, metrics.get("split")) if x),
         verdict=_verdict(run),
@@ -100,12 +68,18 @@ def render_page(run: Run, figures: Sequence[FigureOnPage]) -> str:
         figures=figures,
         tables_below=[
             table
-            for table in (_class_table(run), _mistakes_table(run), _treatments_table(run))
+            for table in (
+                _class_table(run),
+                _mistakes_table(run),
+                treatments_table(
+                    metrics.get("data_treatments") or run.plan.get("data_treatments") or []
+                ),
+            )
             if table
         ],
         command=run.command,
-        recipe=_plain_items(run.recipe),
-        environment=_plain_items(run.environment),
+        recipe=plain_items(run.recipe),
+        environment=plain_items(run.environment),
     )
 
 
@@ -144,7 +118,7 @@ def _accuracy_sentence(run: Run, metrics: Mapping[str, Any]) -> str:
     documents = metrics.get("num_documents")
     of_what = f"{documents:,} {metrics.get('split') or 'test'} documents" if documents else "them"
     return (
-        f"One {model} model per class gets {_percent(metrics['accuracy'])} of {of_what} right"
+        f"One {model} model per class gets {percent(metrics['accuracy'])} of {of_what} right"
         f"{_interval(metrics.get('accuracy_interval_95'))}."
     )
 
@@ -155,14 +129,12 @@ def _baseline_sentences(metrics: Mapping[str, Any]) -> list[str]:
         return []
     name = baseline.get("name") or "the baseline"
     first = (
-        f"The baseline, {name}, gets {_percent(baseline['accuracy'])} right"
+        f"The baseline, {name}, gets {percent(baseline['accuracy'])} right"
         f"{_interval(baseline.get('accuracy_interval_95'))}"
     )
     points = 100 * (metrics["accuracy"] - baseline["accuracy"])
     bounds = baseline.get("accuracy_difference_interval_95")
-    between = (
-        f" (95% interval {100 * bounds[0]:+.1f} to {100 * bounds[1]:+.1f})" if bounds else ""
-    ).replace("-", "−")
+    between = f" (95% interval {points_interval(bounds)})" if bounds else ""
     side = "ahead of" if points > 0 else "behind"
     distance = (
         f"the language models are {abs(points):.1f} points {side} it"
@@ -179,9 +151,9 @@ def _baseline_sentences(metrics: Mapping[str, Any]) -> list[str]:
             else "This difference may well be chance"
         )
         sentences.append(
-            f"{verdict} (McNemar's exact test, {_p_value(p_value)}: {test['only_a']:,} documents "
-            f"that only the language models get right, {test['only_b']:,} that only the baseline "
-            "does)."
+            f"{verdict} (McNemar's exact test, {format_p_value(p_value)}: {test['only_a']:,} "
+            f"documents that only the language models get right, {test['only_b']:,} that only the "
+            "baseline does)."
         )
     return sentences
 
@@ -190,7 +162,7 @@ def _majority_sentence(metrics: Mapping[str, Any]) -> list[str]:
     majority = metrics.get("majority_class_accuracy")
     if majority is None:
         return []
-    return [f"Always answering the most frequent class would get {_percent(majority)} right."]
+    return [f"Always answering the most frequent class would get {percent(majority)} right."]
 
 
 def _training_sentences(training: Mapping[str, Any]) -> list[str]:
@@ -222,21 +194,21 @@ def _metrics_table(run: Run) -> Table | None:
         baseline,
     )
     lines: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-        ("Accuracy", "accuracy", _percent),
-        ("95% interval of the accuracy", "accuracy_interval_95", _bounds),
-        ("Macro-F1", "macro_f1", _three_decimals),
-        ("95% interval of macro-F1", "macro_f1_interval_95", _three_decimals_interval),
-        ("AUROC, one against rest", "auroc", _three_decimals),
-        ("Negative log-likelihood, nats", "nll", _three_decimals),
-        ("Brier score, 0 to 2", "brier", _three_decimals),
-        ("Expected calibration error", "ece", _three_decimals),
+        ("Accuracy", "accuracy", percent),
+        ("95% interval of the accuracy", "accuracy_interval_95", percent_interval),
+        ("Macro-F1", "macro_f1", three_decimals),
+        ("95% interval of macro-F1", "macro_f1_interval_95", three_decimals_interval),
+        ("AUROC, one against rest", "auroc", three_decimals),
+        ("Negative log-likelihood, nats", "nll", three_decimals),
+        ("Brier score, 0 to 2", "brier", three_decimals),
+        ("Expected calibration error", "ece", three_decimals),
         ("Training time", "seconds", format_seconds),
         ("Training speed, document tokens/s", "tokens_per_second", format_count),
         ("Peak memory", "peak_memory_bytes", format_bytes),
-        ("Classification speed, documents/s", "documents_per_second", _three_digits),
+        ("Classification speed, documents/s", "documents_per_second", three_digits),
     )
     rows = [
-        (name, *(_UNKNOWN if column.get(key) is None else show(column[key]) for column in columns))
+        (name, *(UNKNOWN if column.get(key) is None else show(column[key]) for column in columns))
         for name, key, show in lines
     ]
     truncated = metrics.get("truncated_documents")
@@ -255,7 +227,7 @@ def _metrics_table(run: Run) -> Table | None:
             + (f" The baseline: {description}." if description else "")
         ),
         header=("", "Raw", "Calibrated", str(baseline.get("name") or "Baseline")),
-        rows=tuple(row for row in rows if any(value != _UNKNOWN for value in row[1:])),
+        rows=tuple(row for row in rows if any(value != UNKNOWN for value in row[1:])),
     )
 
 
@@ -270,7 +242,7 @@ def _class_table(run: Run) -> Table | None:
 
     def rates(key: str, name: str) -> str:
         value = (metrics.get(key) or {}).get(name)
-        return _UNKNOWN if value is None else _percent(value)
+        return UNKNOWN if value is None else percent(value)
 
     rows = []
     for index, name in enumerate(names):
@@ -279,15 +251,15 @@ def _class_table(run: Run) -> Table | None:
         rows.append(
             (
                 str(name),
-                f"{sum(confusion[index]):,}" if confusion else _UNKNOWN,
+                f"{sum(confusion[index]):,}" if confusion else UNKNOWN,
                 rates("recall", name),
                 rates("precision", name),
                 rates("f1", name),
-                f"{best.bits_per_token:.3f}" if best else _UNKNOWN,
-                f"{best.bits_per_byte:.3f}" if best and best.bits_per_byte else _UNKNOWN,
-                f"{best.step:,}" if best else _UNKNOWN,
-                f"{curve.num_steps:,}" if curve else _UNKNOWN,
-                format_count(curve.num_tokens) if curve and curve.num_tokens else _UNKNOWN,
+                f"{best.bits_per_token:.3f}" if best else UNKNOWN,
+                f"{best.bits_per_byte:.3f}" if best and best.bits_per_byte else UNKNOWN,
+                f"{best.step:,}" if best else UNKNOWN,
+                f"{curve.num_steps:,}" if curve else UNKNOWN,
+                format_count(curve.num_tokens) if curve and curve.num_tokens else UNKNOWN,
             )
         )
     header = (
@@ -302,7 +274,7 @@ def _class_table(run: Run) -> Table | None:
         "Steps",
         "Tokens trained",
     )
-    known = [any(row[column] != _UNKNOWN for row in rows) for column in range(len(header))]
+    known = [any(row[column] != UNKNOWN for row in rows) for column in range(len(header))]
     return Table(
         title="Classes",
         introduction=(
@@ -340,78 +312,41 @@ def _mistakes_table(run: Run) -> Table | None:
     )
 
 
-def _treatments_table(run: Run) -> Table | None:
-    treatments = (run.metrics or {}).get("data_treatments") or run.plan.get("data_treatments") or []
-    if not treatments:
-        return None
-    return Table(
-        title="What was done to the data",
-        introduction="Documents that were not used just as they were found.",
-        header=("What", "Split", "Documents", "For example"),
-        rows=tuple(
-            (
-                str(row.get("what") or row.get("kind") or _UNKNOWN),
-                str(row.get("split") or _UNKNOWN),
-                f"{row['count']:,}" if isinstance(row.get("count"), int) else _UNKNOWN,
-                str(row.get("example") or _UNKNOWN),
-            )
-            for row in treatments
-        ),
-        num_text_columns=4,
-    )
-
-
 # The figures.
 
 
 def _figures(run: Run) -> list[FigureOnPage]:
     figures = []
-
-    def add(
-        draw: Callable[[plots.Theme], bytes],
-        *,
-        file_name: str,
-        title: str,
-        caption: str,
-        description: str,
-    ) -> None:
-        figures.append(
-            FigureOnPage(
-                file_name=file_name,
-                title=title,
-                caption=caption,
-                description=description,
-                light_png=draw(plots.LIGHT),
-                dark_png=draw(plots.DARK),
-            )
-        )
-
     if run.curves:
-        add(
-            lambda theme: plots.loss_curves(run.curves, theme),
-            file_name="loss_curves.png",
-            title="Loss curves",
-            caption=(
-                "Look for validation that still falls at the end (train longer) or rises while "
-                "training falls (overfitting: the star marks the checkpoint that is used). "
-                "Training is measured with dropout, so it may lie above validation."
-            ),
-            description="Training loss and validation bits per token of each class over steps.",
+        figures.append(
+            draw_figure(
+                lambda theme: plots.loss_curves(run.curves, theme),
+                file_name="loss_curves.png",
+                title="Loss curves",
+                caption=(
+                    "Look for validation that still falls at the end (train longer) or rises while "
+                    "training falls (overfitting: the star marks the checkpoint that is used). "
+                    "Training is measured with dropout, so it may lie above validation."
+                ),
+                description="Training loss and validation bits per token of each class over steps.",
+            )
         )
     metrics = run.metrics
     if metrics is None:
         return figures
     names = [str(name) for name in metrics["class_names"]]
-    add(
-        lambda theme: plots.confusion_matrix(metrics["confusion_matrix"], names, theme),
-        file_name="confusion_matrix.png",
-        title="Confusion matrix",
-        caption=(
-            "Each row is the documents of one class, and its shares add up to 100%. Look for "
-            "coloured cells off the diagonal: pairs of classes that are taken for one another. A "
-            "column of them is a class that is answered too often."
-        ),
-        description="Number and share of documents by true and predicted class.",
+    figures.append(
+        draw_figure(
+            lambda theme: plots.confusion_matrix(metrics["confusion_matrix"], names, theme),
+            file_name="confusion_matrix.png",
+            title="Confusion matrix",
+            caption=(
+                "Each row is the documents of one class, and its shares add up to 100%. Look for "
+                "coloured cells off the diagonal: pairs of classes that are taken for one another. "
+                "A column of them is a class that is answered too often."
+            ),
+            description="Number and share of documents by true and predicted class.",
+        )
     )
     blocks = {
         kind: metrics[kind]["reliability"]
@@ -419,20 +354,24 @@ def _figures(run: Run) -> list[FigureOnPage]:
         if (metrics.get(kind) or {}).get("reliability")
     }
     if blocks:
-        add(
-            lambda theme: plots.reliability_diagram(blocks, theme),
-            file_name="reliability_diagram.png",
-            title="Reliability diagram",
-            caption=_reliability_caption(metrics),
-            description="Share of right answers by stated probability, raw and calibrated.",
+        figures.append(
+            draw_figure(
+                lambda theme: plots.reliability_diagram(blocks, theme),
+                file_name="reliability_diagram.png",
+                title="Reliability diagram",
+                caption=_reliability_caption(metrics),
+                description="Share of right answers by stated probability, raw and calibrated.",
+            )
         )
     if metrics.get("bits_per_byte"):
-        add(
-            lambda theme: plots.bits_per_byte_heatmap(metrics["bits_per_byte"], names, theme),
-            file_name="bits_per_byte.png",
-            title="Bits per byte, class by class",
-            caption=_bits_per_byte_caption(metrics["bits_per_byte"], names),
-            description="Bits per byte of each class's documents under each class's model.",
+        figures.append(
+            draw_figure(
+                lambda theme: plots.bits_per_byte_heatmap(metrics["bits_per_byte"], names, theme),
+                file_name="bits_per_byte.png",
+                title="Bits per byte, class by class",
+                caption=_bits_per_byte_caption(metrics["bits_per_byte"], names),
+                description="Bits per byte of each class's documents under each class's model.",
+            )
         )
     return figures
 
@@ -469,47 +408,5 @@ def _bits_per_byte_caption(matrix: Sequence[Sequence[float | None]], names: Sequ
     )
 
 
-# Formats.
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}"
-
-
-def _three_decimals(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def _three_decimals_interval(bounds: Sequence[float]) -> str:
-    return f"{bounds[0]:.3f}–{bounds[1]:.3f}"
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _bounds(bounds: Sequence[float]) -> str:
-    return f"{100 * bounds[0]:.1f}–{100 * bounds[1]:.1f}%"
-
-
 def _interval(bounds: Sequence[float] | None) -> str:
-    return f" (95% interval {_bounds(bounds)})" if bounds else ""
-
-
-def _p_value(p_value: float) -> str:
-    return "p < 0.0001" if p_value < 0.0001 else f"p = {p_value:.2g}"
-
-
-def _plain_items(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Keys and values for a list; an empty sequence and None read as such."""
-
-    def plain(value: object) -> str:
-        if isinstance(value, list | tuple):
-            return ", ".join(map(str, value)) or "(none)"
-        return "(none)" if value is None or value == "" else str(value)
-
-    return [(str(key), plain(value)) for key, value in values.items()]
+    return f" (95% interval {percent_interval(bounds)})" if bounds else ""

@@ -1,125 +1,30 @@
-"""The four figures, each as PNG bytes, in a light and a dark theme.
+"""The four figures of a run, each as PNG bytes."""
 
-Matplotlib's object interface draws without pyplot, so no backend and no global figure is touched;
-the same input gives the same bytes.
-"""
-
-import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.style
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
+from accel_gpt2.report.drawing import (
+    DOTS_PER_INCH,
+    INCHES_PER_LETTER,
+    Theme,
+    class_labels,
+    legible_on,
+    png,
+    style,
+)
 from accel_gpt2.report.read import ClassCurve
 
-CSS_PIXELS_PER_INCH = 96
-PNG_PIXELS_PER_CSS_PIXEL = 1.5  # sharp on dense screens and in print, and still a small page
-_DOTS_PER_INCH = int(PNG_PIXELS_PER_CSS_PIXEL * CSS_PIXELS_PER_INCH)
 _MOST_CLASSES_IN_ONE_PANEL = 5
-_LONGEST_LABEL = 22
-_INCHES_PER_LETTER = 0.075  # at the font size of labels
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Theme:
-    """Colours of one figure. `series` are told apart with every common colour blindness (Okabe and
-    Ito 2008), lightened for the dark surface."""
-
-    surface: str
-    ink: str
-    muted: str
-    grid: str
-    accent: str  # the strong end of heatmaps
-    warning: str  # the strong end of the bits-per-byte heatmap
-    series: tuple[str, ...]
-
-
-LIGHT = Theme(
-    surface="#ffffff",
-    ink="#1f2328",
-    muted="#656d76",
-    grid="#e3e7ec",
-    accent="#0a5a9c",
-    warning="#c2500a",
-    series=("#0072b2", "#d55e00", "#009e73", "#b3508a", "#b98300"),
-)
-DARK = Theme(
-    surface="#161b22",
-    ink="#e6edf3",
-    muted="#9aa4af",
-    grid="#2b323b",
-    accent="#3d9be0",
-    warning="#e0762e",
-    series=("#56b4e9", "#ff8c42", "#2fc79a", "#e08bbd", "#e6b422"),
-)
-
-
-@contextmanager
-def _style(theme: Theme) -> Iterator[None]:
-    """Matplotlib's own defaults and the theme, whatever a user's matplotlibrc says, until exit."""
-    settings = {
-        "font.size": 9.5,
-        "axes.titlesize": 9.5,
-        "axes.titleweight": "bold",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-        "axes.grid": True,
-        "grid.color": theme.grid,
-        "grid.linewidth": 0.8,
-        "axes.facecolor": theme.surface,
-        "figure.facecolor": theme.surface,
-        "savefig.facecolor": theme.surface,
-        "axes.edgecolor": theme.muted,
-        "axes.labelcolor": theme.ink,
-        "axes.titlecolor": theme.ink,
-        "text.color": theme.ink,
-        "xtick.color": theme.muted,
-        "ytick.color": theme.muted,
-        "xtick.labelcolor": theme.ink,
-        "ytick.labelcolor": theme.ink,
-        "legend.frameon": False,
-    }
-    with matplotlib.style.context(["default", settings]):
-        yield
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    # Without its version line the file depends on nothing but the drawing.
-    figure.savefig(
-        buffer, format="png", metadata={"Software": None}, bbox_inches="tight", pad_inches=0.06
-    )
-    return buffer.getvalue()
-
-
-def _labels(class_names: Sequence[str]) -> list[str]:
-    """Class names as Matplotlib can show them: short, on one line, `$` not taken for mathematics.
-
-    A name with letters that the font lacks is shown by its index, for instance `class 3`.
-    """
-    known = get_font(findfont("DejaVu Sans")).get_charmap()
-    labels = []
-    for index, name in enumerate(class_names):
-        label = " ".join(name.split())
-        if not label or any(ord(letter) not in known for letter in label):
-            label = f"class {index}"
-        if len(label) > _LONGEST_LABEL:
-            label = label[: _LONGEST_LABEL - 1].rstrip() + "…"
-        labels.append(label.replace("$", r"\$"))
-    return labels
 
 
 def loss_curves(curves: Sequence[ClassCurve], theme: Theme) -> bytes:
@@ -134,9 +39,9 @@ def loss_curves(curves: Sequence[ClassCurve], theme: Theme) -> bytes:
         num_rows = -(-len(curves) // num_columns)
         size = (7.4 if num_columns == 3 else 9.4, 0.9 + 1.75 * num_rows)
     one_panel = num_columns == 1
-    labels = _labels([curve.class_name for curve in curves])
-    with _style(theme):
-        figure = Figure(figsize=size, dpi=_DOTS_PER_INCH, layout="constrained")
+    labels = class_labels([curve.class_name for curve in curves])
+    with style(theme):
+        figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
         grid = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
         panels = list(grid.flat)
         for index, curve in enumerate(curves):
@@ -170,11 +75,11 @@ def loss_curves(curves: Sequence[ClassCurve], theme: Theme) -> bytes:
                 [Line2D([], [], color=color, linewidth=3) for color in theme.series[: len(labels)]],
                 labels,
                 loc="outside upper center",
-                ncols=max(1, int(size[0] / (0.6 + _INCHES_PER_LETTER * max(map(len, labels))))),
+                ncols=max(1, int(size[0] / (0.6 + INCHES_PER_LETTER * max(map(len, labels))))),
             )
         else:
             figure.legend(handles=kinds, loc="outside upper center", ncols=3)
-        return _png(figure)
+        return png(figure)
 
 
 def _draw_curve(axes: Axes, curve: ClassCurve, *, color: str, theme: Theme) -> None:
@@ -217,7 +122,7 @@ def confusion_matrix(confusion: npt.ArrayLike, class_names: Sequence[str], theme
         ]
         for row in zip(counts, shares, strict=True)
     ]
-    with _style(theme):
+    with style(theme):
         figure, axes, colorbar = _matrix_figure(
             shares, texts, class_names, theme, strong=theme.accent, largest=1.0
         )
@@ -225,7 +130,7 @@ def confusion_matrix(confusion: npt.ArrayLike, class_names: Sequence[str], theme
         axes.set_ylabel("true class")
         colorbar.set_label("share of the true class's documents")
         colorbar.ax.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
-        return _png(figure)
+        return png(figure)
 
 
 def bits_per_byte_heatmap(
@@ -241,7 +146,7 @@ def bits_per_byte_heatmap(
     with np.errstate(invalid="ignore"):
         excess = np.where(np.isnan(values), 0.0, values - lowest)
     texts = [["–" if np.isnan(x) else f"{x:.3f}" for x in row] for row in values]
-    with _style(theme):
+    with style(theme):
         figure, axes, colorbar = _matrix_figure(
             excess, texts, class_names, theme, strong=theme.warning, largest=None
         )
@@ -256,7 +161,7 @@ def bits_per_byte_heatmap(
         axes.set_xlabel("model of class")
         axes.set_ylabel("documents of class")
         colorbar.set_label("bits per byte above the row's lowest")
-        return _png(figure)
+        return png(figure)
 
 
 def _matrix_figure(
@@ -273,11 +178,11 @@ def _matrix_figure(
     Only the square has a fixed size: labels stand outside it, and saving makes room for them.
     """
     num_classes = len(class_names)
-    labels = _labels(class_names)
+    labels = class_labels(class_names)
     cell_inches = float(np.clip(4.6 / num_classes, 0.52, 1.15))
     side = cell_inches * num_classes
     largest = largest or max(float(values.max()), 1e-12)
-    figure = Figure(figsize=(side, side), dpi=_DOTS_PER_INCH)
+    figure = Figure(figsize=(side, side), dpi=DOTS_PER_INCH)
     axes = figure.add_axes((0, 0, 1, 1))
     image = axes.imshow(
         values,
@@ -293,7 +198,7 @@ def _matrix_figure(
     axes.spines[:].set_visible(False)
     axes.set_yticks(range(num_classes), labels)
     axes.set_xticks(range(num_classes), labels)
-    if _INCHES_PER_LETTER * max(map(len, labels)) > 0.95 * cell_inches:
+    if INCHES_PER_LETTER * max(map(len, labels)) > 0.95 * cell_inches:
         axes.tick_params(axis="x", labelrotation=40)
         for tick_label in axes.get_xticklabels():
             tick_label.set(ha="right", rotation_mode="anchor")
@@ -307,7 +212,7 @@ def _matrix_figure(
                 ha="center",
                 va="center",
                 fontsize=9 if cell_inches > 0.7 else 7,
-                color=_legible_on(image.to_rgba(values[row, column])),
+                color=legible_on(image.to_rgba(values[row, column])),
             )
             cell.set_in_layout(False)  # it lies inside: measuring 400 of them takes seconds
 
@@ -319,23 +224,13 @@ def _matrix_figure(
     return figure, axes, colorbar
 
 
-def _legible_on(color: npt.ArrayLike) -> str:
-    """White or black, whichever stands out more on an RGB colour: always 4.5 to 1 or better.
-
-    Relative luminance as WCAG 2.2 defines it; both contrasts are equal at 0.179.
-    """
-    rgb = np.asarray(color)[:3]
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    return "#ffffff" if linear @ (0.2126, 0.7152, 0.0722) < 0.179 else "#000000"
-
-
 def reliability_diagram(blocks: Mapping[str, Sequence[Mapping[str, Any]]], theme: Theme) -> bytes:
     """Accuracy against confidence per bin, above the number of documents in each bin.
 
     `blocks` holds the bins of one or more kinds of probability by name, `raw` and `calibrated`.
     """
-    with _style(theme):
-        figure = Figure(figsize=(6.2, 5.4), dpi=_DOTS_PER_INCH, layout="constrained")
+    with style(theme):
+        figure = Figure(figsize=(6.2, 5.4), dpi=DOTS_PER_INCH, layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         upper.plot([0, 1], [0, 1], color=theme.muted, linewidth=1, linestyle=(0, (4, 3)))
         upper.annotate(
@@ -372,4 +267,4 @@ def reliability_diagram(blocks: Mapping[str, Sequence[Mapping[str, Any]]], theme
         lower.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         lower.set(ylabel="documents", xlabel="probability of the predicted class")
         lower.minorticks_off()
-        return _png(figure)
+        return png(figure)

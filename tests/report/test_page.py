@@ -10,8 +10,8 @@ import pytest
 from matplotlib.image import imread
 
 from accel_gpt2.errors import UserError
+from accel_gpt2.report import drawing, plots, write_report
 from accel_gpt2.report import page as report_page
-from accel_gpt2.report import plots, write_report
 from accel_gpt2.report.page import render_page
 from accel_gpt2.report.read import read_run
 
@@ -245,6 +245,6 @@ def test_a_directory_that_is_no_run_is_left_alone(tmp_path):
 
 def test_light_and_dark_differ():
     """The dark version is drawn on the dark card, the light one on white."""
-    for theme, expected in ((plots.LIGHT, 1.0), (plots.DARK, 0x16 / 255)):
+    for theme, expected in ((drawing.LIGHT, 1.0), (drawing.DARK, 0x16 / 255)):
         png = plots.confusion_matrix([[5, 1], [0, 4]], ["a", "b"], theme)
         assert imread(io.BytesIO(png))[0, 0, 0] == pytest.approx(expected)
