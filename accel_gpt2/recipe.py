@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from accel_gpt2.catalog.models import MODELS
+from accel_gpt2.catalog.models import MODELS, ModelSpec
 from accel_gpt2.errors import UsageError, nearest
 from accel_gpt2.units import format_bytes
 
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 ENVIRONMENT_PREFIX = "ACCEL_GPT2_"
 
 Init = Literal["pretrained", "scratch"]
+# generative: a causal LM per class. masked_lm: a masked LM per class, by pseudo-log-likelihood.
+# hybrid: a causal LM per class, trained together with a discriminative term. classification: one
+# model with a classification head. unconditional: one causal LM of all text, a base for adapters.
+Objective = Literal["generative", "masked_lm", "hybrid", "classification", "unconditional"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
 Finetuning = Literal["full", "lora"]
 Optimizer = Literal["adamw", "adamw_8bit", "adafactor"]
@@ -43,8 +47,8 @@ Count = Annotated[int, Ge(1), Lt(2**31)]
 class TrainRecipe:
     """Everything that changes a result, and below it what changes only how the run goes.
 
-    Lengths and batches are in tokens of the model's own tokenizer, BOS and EOS included. One model
-    is trained per class; `max_steps` and `epochs` are per class.
+    Lengths and batches are in tokens of the model's own tokenizer, BOS and EOS included. Where one
+    model is trained per class, `max_steps` and `epochs` are per class.
     """
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True, "allow_inf_nan": False}
@@ -70,7 +74,10 @@ class TrainRecipe:
     max_length: Annotated[Count, Ge(3)] = 1024
     priors: Priors = "training"
 
-    # What is trained.
+    # What is trained, and for what.
+    objective: Objective = "generative"
+    mask_fraction: Annotated[float, Gt(0), Lt(1)] = 0.15  # of the tokens; read by masked_lm
+    discriminative_weight: Annotated[float, Ge(0), Le(1)] = 0.2  # GeDi's; read by hybrid
     finetuning: Finetuning = "full"
     lora_rank: Annotated[int, Ge(1), Le(16_384)] = 16
     lora_alpha: Annotated[float, Gt(0)] = 32.0
@@ -294,6 +301,13 @@ def _contradictions(recipe: TrainRecipe) -> list[str]:
             "finetuning = 'lora' with init = 'scratch': an adapter on random weights learns next "
             "to nothing; give --finetuning full, or a pretrained model."
         )
+    if row is not None:
+        problems += _unfit_objective(recipe, row)
+    if recipe.objective == "hybrid" and recipe.finetuning == "lora":
+        problems.append(
+            "objective = 'hybrid' with finetuning = 'lora': the classes' models are trained whole, "
+            "side by side; give --finetuning full, or objective=generative."
+        )
     if recipe.budget_usd is not None and not recipe.price_usd_per_hour:
         price = "no price_usd_per_hour" if recipe.price_usd_per_hour is None else "a price of 0"
         problems.append(
@@ -302,6 +316,22 @@ def _contradictions(recipe: TrainRecipe) -> list[str]:
             "out and give --max-time."
         )
     return problems
+
+
+def _unfit_objective(recipe: TrainRecipe, row: ModelSpec) -> list[str]:
+    encoder = row.model_type == "roberta"
+    if encoder and recipe.objective in {"generative", "hybrid", "unconditional"}:
+        return [
+            f"objective = {recipe.objective!r}: {row.name} sees a token's right side too, so it "
+            "gives no likelihood from left to right; give --set objective=masked_lm or "
+            "objective=classification, or a GPT-2 model."
+        ]
+    if not encoder and recipe.objective == "masked_lm":
+        return [
+            f"objective = 'masked_lm': {row.name} has no mask token and sees the left side only; "
+            "give --model roberta-base (or roberta-tiny, from scratch), or objective=generative."
+        ]
+    return []
 
 
 _LARGEST_RECIPE_BYTES = 2**20

@@ -1,22 +1,27 @@
 """Model sizes that are known by name; any other directory or hub id is loaded as it is.
 
-Names of the fields are Hugging Face's own (`GPT2Config`).
+Names of the fields are those of Hugging Face's `GPT2Config`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Literal
+
+ModelType = Literal["gpt2", "roberta"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """One GPT-2 shape.
+    """One shape of GPT-2 or, to compare with, of RoBERTa.
 
-    `hub_id` is None where no pretrained weights exist. `recipe_defaults` are the recipe values that
-    this row changes: a model from random weights wants another learning rate than a pretrained one.
+    `n_positions` are the tokens that a document may have, `hub_id` is None where no pretrained
+    weights exist. `recipe_defaults` are the recipe values that this row changes: a model from
+    random weights wants another learning rate than a pretrained one.
     """
 
     name: str
+    model_type: ModelType = "gpt2"
     n_layer: int
     n_head: int
     n_embd: int
@@ -28,14 +33,21 @@ class ModelSpec:
 
     @property
     def num_parameters(self) -> int:
-        """Exact count with the tied head: token and position embeddings, blocks, last LayerNorm.
+        """Exact count of the language model with the tied head.
+
+        Token and position embeddings, blocks, a LayerNorm; RoBERTa has two more positions, a token
+        type, and a head with a layer and a bias of its own.
 
         >>> MODELS["gpt2"].num_parameters, MODELS["gpt2-xl"].num_parameters
         (124439808, 1557611200)
+        >>> MODELS["roberta-base"].num_parameters
+        124697433
         """
         d = self.n_embd
-        embeddings = (self.vocab_size + self.n_positions) * d
-        return embeddings + self.n_layer * (12 * d * d + 13 * d) + 2 * d
+        shared = (self.vocab_size + self.n_positions) * d + self.n_layer * (12 * d * d + 13 * d)
+        if self.model_type == "gpt2":
+            return shared + 2 * d
+        return shared + (2 + 1) * d + 2 * d + (d * d + d) + 2 * d + self.vocab_size
 
 
 # Small models from random weights: a vocabulary of the text itself, a high learning rate, and many
@@ -135,6 +147,37 @@ _ROWS = (
         vocab_size=50257,
         hub_id="openai-community/gpt2-xl",
         source=f"{_HUB}/gpt2-xl config.json",
+    ),
+    ModelSpec(
+        name="roberta-tiny",
+        model_type="roberta",
+        n_layer=2,
+        n_head=4,
+        n_embd=128,
+        n_positions=512,
+        vocab_size=4096,
+        hub_id=None,
+        source="ours: gpt2-tiny's size, to compare with it",
+        recipe_defaults=_FROM_SCRATCH,
+    ),
+    *(
+        ModelSpec(
+            name=name,
+            model_type="roberta",
+            n_layer=n_layer,
+            n_head=n_head,
+            n_embd=n_embd,
+            n_positions=512,
+            vocab_size=50265,
+            hub_id=hub_id,
+            source=f"huggingface.co/{hub_id} config.json",
+            recipe_defaults=MappingProxyType({"max_length": 512}),
+        )
+        for name, n_layer, n_head, n_embd, hub_id in (
+            ("distilroberta-base", 6, 12, 768, "distilbert/distilroberta-base"),
+            ("roberta-base", 12, 12, 768, "FacebookAI/roberta-base"),
+            ("roberta-large", 24, 16, 1024, "FacebookAI/roberta-large"),
+        )
     ),
 )
 

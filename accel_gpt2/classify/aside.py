@@ -74,9 +74,9 @@ def _free_name(run_directory: Path) -> Path:
 
 
 def is_trained(run_directory: Path) -> bool:
-    """Whether every class of the run has its final model."""
+    """Whether all final models of the run are there."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        names = json.loads((run_directory / "plan.json").read_text(encoding="utf-8"))["class_names"]
+        plan = json.loads((run_directory / "plan.json").read_text(encoding="utf-8"))
         finals = list(run_directory.glob("class-*/final/manifest.json"))
-        return 0 < len(names) <= len(finals)
+        return 0 < int(plan["num_models"]) <= len(finals)
     return False

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 
 import accel_gpt2
 from accel_gpt2.catalog.optimizers import OPTIMIZERS
+from accel_gpt2.classify.parts import Part
 from accel_gpt2.classify.prepare import PreparedData
 from accel_gpt2.recipe import TrainRecipe
-from accel_gpt2.train.model import LanguageModel
+from accel_gpt2.train.objective import TrainedModel
 from accel_gpt2.train.progress import TrainProgress
 from accel_gpt2.train.schedule import BatchSchedule
 from accel_gpt2.units import format_bytes, format_count
@@ -27,8 +29,8 @@ from accel_gpt2.versions import installed_versions
 def describe_plan(
     recipe: TrainRecipe,
     data: PreparedData,
-    model: LanguageModel,
-    by_class: list[NDArray[np.int64]],
+    model: TrainedModel,
+    parts: Sequence[Part],
     steps: list[int],
     world_size: int,
 ) -> dict[str, Any]:
@@ -37,33 +39,40 @@ def describe_plan(
     `written_bytes` is for a run that nothing stops; each stop writes a checkpoint more.
 
     Args:
-        by_class: indices of each class's training documents.
-        steps: optimizer steps of each class.
+        model: of the first part; those of the others are of the same size.
+        steps: optimizer steps of each part.
     """
-    parameters = list(model.model.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parameters = list(model.finals[0].parameters())
+    num_parameters = sum(p.numel() for p in parameters)
+    num_trainable = sum(p.numel() for p in parameters if p.requires_grad)
     # Weights in fp32 and what the optimizer keeps; random states and JSON are a few KiB.
     state_bytes = OPTIMIZERS[recipe.optimizer].state_bytes_per_parameter
     checkpoint_bytes = round((4 + state_bytes) * trained)
-    exported = trained if recipe.finetuning == "lora" else sum(p.numel() for p in parameters)
+    exported = len(model.finals) * (
+        num_trainable if recipe.finetuning == "lora" else num_parameters
+    )
+    own = [part.own(data.train) for part in parts]
     saves = [
         num_saves(recipe, total, _steps_per_epoch(recipe, total, data.train.lengths[indices]))
-        for total, indices in zip(steps, by_class, strict=True)
+        for total, indices in zip(steps, own, strict=True)
     ]
-    names = data.text.class_names
+    names = [part.name for part in parts]
     return {
         "model": recipe.model,
         "dataset": recipe.dataset,
-        "class_names": list(names),
+        "objective": recipe.objective,
+        "class_names": list(data.text.class_names),
         "class_counts": data.class_counts,
         "validation_documents": len(data.validation.labels),
-        "num_parameters": sum(p.numel() for p in parameters),
-        "num_trainable_parameters": trained,
+        "num_models": sum(len(part.finals) for part in parts),
+        "num_parameters": num_parameters,  # of one model
+        "num_trainable_parameters": num_trainable,
         "vocab_size": data.tokenizer.vocab_size,
-        "steps_per_class": dict(zip(names, steps, strict=True)),
+        "steps": dict(zip(names, steps, strict=True)),
         "document_tokens_per_epoch": {
             name: int((data.train.lengths[indices].astype(np.int64) - 1).sum())
-            for name, indices in zip(names, by_class, strict=True)
+            for name, indices in zip(names, own, strict=True)
         },
         "global_batch_tokens": recipe.global_batch_tokens,
         "global_batch_size": recipe.global_batch_size,
@@ -110,12 +119,13 @@ def announce_plan(
     progress: TrainProgress, plan: dict[str, Any], run_directory: Path, accelerator: Any
 ) -> None:
     """Say how much there is to do and to write, and what was done to the data."""
-    steps = sum(plan["steps_per_class"].values())
+    steps = sum(plan["steps"].values())
     where = str(accelerator.device)
     if accelerator.num_processes > 1:
         where = f"{accelerator.num_processes} processes ({where})"
     progress.say(
-        f"{len(plan['class_names'])} models of {format_count(plan['num_parameters'])} parameters "
+        f"{plan['num_models']} model{'' if plan['num_models'] == 1 else 's'} of "
+        f"{format_count(plan['num_parameters'])} parameters "
         f"({format_count(plan['num_trainable_parameters'])} trained), {steps} steps in all, on "
         f"{where}"
     )

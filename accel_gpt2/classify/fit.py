@@ -1,8 +1,9 @@
-"""One language model per class: the launched process's whole job, from text to `final/` folders."""
+"""The launched process's whole job, from text to `final/` folders: every part of a run."""
 
 import contextlib
 import dataclasses
 import gc
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from accel_gpt2.classify.card import write_card
 from accel_gpt2.classify.describe import announce_plan, describe_plan
 from accel_gpt2.classify.lock import hold
+from accel_gpt2.classify.parts import Part, parts_of
 from accel_gpt2.classify.prepare import PreparedData, prepare_data
 from accel_gpt2.classify.run import (
     CALIBRATION,
@@ -20,13 +22,13 @@ from accel_gpt2.classify.run import (
     holds_work,
     read_spent_seconds,
     read_training_record,
+    score_log_prior,
     write_recipe,
     write_spent_seconds,
 )
 from accel_gpt2.classify.standing import (
     Standing,
-    class_directories,
-    class_identity,
+    part_identity,
     start_directory,
 )
 from accel_gpt2.classify.validation import calibrate, joint_accuracy, log_joint_validation
@@ -38,6 +40,7 @@ from accel_gpt2.train.checkpoint import TrainState, checkpoint_path, read_state,
 from accel_gpt2.train.loop import ClassTraining, train_class
 from accel_gpt2.train.manifest import publish_directory, verify
 from accel_gpt2.train.model import build_model
+from accel_gpt2.train.objective import TransformersModel
 from accel_gpt2.train.peers import watching_peers
 from accel_gpt2.train.processes import (
     build_accelerator,
@@ -63,9 +66,9 @@ def fit(
     silent: bool = False,
     handle_signals: bool = True,
 ) -> None:
-    """Train every class of the recipe's data set, one after another, into `run_directory`.
+    """Train what the recipe asks for, a model per class or one of all, into `run_directory`.
 
-    What is finished is not done again; a class that was interrupted goes on from its newest whole
+    What is finished is not done again; a model that was interrupted goes on from its newest whole
     checkpoint. Under a launcher all processes call this together.
 
     Args:
@@ -108,7 +111,7 @@ def fit(
         try:
             with TrainProgress(shown=talks, quiet=quiet) as progress:
                 stop.announce = progress.note
-                _fit_classes(
+                _fit_parts(
                     recipe,
                     run_directory,
                     data,
@@ -134,7 +137,7 @@ def _close(accelerator: Any, run_directory: Path, spent_seconds: float) -> None:
             closing.callback(tracker.finish)
 
 
-def _fit_classes(
+def _fit_parts(
     recipe: TrainRecipe,
     run_directory: Path,
     data: PreparedData,
@@ -145,14 +148,11 @@ def _fit_classes(
     progress: TrainProgress,
     spent_seconds: float,
 ) -> None:
-    names = data.text.class_names
-    directories = class_directories(run_directory, data)
-    by_class = [data.train.for_class(index) for index in range(len(names))]
+    parts = parts_of(run_directory, recipe.objective, data.text.class_names)
+    documents = [part.own(data.train) for part in parts]
     schedules = [
-        BatchSchedule(
-            data.train.lengths[indices], recipe, total_steps=_known_steps(directory, standing)
-        )
-        for indices, directory, standing in zip(by_class, directories, standings, strict=True)
+        BatchSchedule(data.train.lengths[own], recipe, total_steps=_known_steps(part, standing))
+        for own, part, standing in zip(documents, parts, standings, strict=True)
     ]
     steps = [schedule.total_steps for schedule in schedules]
     gpu = current_gpu(accelerator)
@@ -162,7 +162,7 @@ def _fit_classes(
         if not accelerator.is_main_process:
             return
         append_json_line(run_directory / LOG, row)
-        slug = directories[int(str(row["class_index"]))].name
+        slug = parts[int(str(row["class_index"]))].directory.name
         numbers = {
             f"{slug}/{key}": value
             for key, value in row.items()
@@ -185,40 +185,44 @@ def _fit_classes(
         cut_unfinished_line(run_directory / LOG)
     for warning in (text for standing in standings for text in standing.warnings):
         progress.say(f"Warning: {warning}")
-    for index, (name, directory, standing) in enumerate(
-        zip(names, directories, standings, strict=True)
-    ):
+    for part, own, schedule, standing in zip(parts, documents, schedules, standings, strict=True):
         if standing.finished:
-            progress.say(f"{name} ({index + 1}/{len(names)}) is trained already")
+            progress.say(f"{part.name} ({part.index + 1}/{len(parts)}) is trained already")
             continue
         for problem in standing.skipped:
             progress.say(f"Skipped: {problem}")
         if standing.checkpoint is not None:
-            progress.say(f"{name} goes on from {standing.checkpoint}")
+            progress.say(f"{part.name} goes on from {standing.checkpoint}")
         model = build_model(
             recipe,
             vocab_size=data.tokenizer.vocab_size,
             eos_token_id=data.tokenizer.eos_token_id,
+            mask_token_id=data.tokenizer.mask_token_id,
+            pad_token_id=data.tokenizer.pad_token_id,
+            class_names=data.text.class_names,
+            log_prior=score_log_prior(recipe, data.class_counts),
+            mean_tokens=float(data.train.lengths.mean()) - 1,
         )
         if not plan:
-            plan = describe_plan(recipe, data, model, by_class, steps, accelerator.num_processes)
+            plan = describe_plan(recipe, data, model, parts, steps, accelerator.num_processes)
             on_first_process(accelerator, partial(_write_plan, run_directory, recipe, plan))
             announce_plan(progress, plan, run_directory, accelerator)
         job = ClassTraining(
-            identity=class_identity(recipe, data, index),
-            directory=directory,
-            documents=data.train.select(by_class[index]),
+            identity=part_identity(recipe, data, part),
+            directory=part.directory,
+            documents=data.train.select(own),
             validation=data.validation,
+            own_validation=part.own(data.validation),
             model=model,
-            schedule=schedules[index],
+            schedule=schedule,
             checkpoint=standing.checkpoint,
-            joint_accuracy=joint_accuracy(index, directories, data, recipe),
-            num_classes=len(names),
+            joint_accuracy=joint_accuracy(part, parts, data, recipe),
+            num_parts=len(parts),
             spent_seconds=spent_seconds,
             later_steps=sum(
                 count
                 for later, count in enumerate(steps)
-                if later > index and not standings[later].finished
+                if later > part.index and not standings[later].finished
             ),
             on_recipe=on_recipe,
             on_saved=lambda: write_spent_seconds(run_directory, spent_seconds + stop.seconds),
@@ -229,8 +233,8 @@ def _fit_classes(
         log(
             {
                 "event": event,
-                "class_index": index,
-                "class_name": name,
+                "class_index": part.index,
+                "class_name": part.name,
                 "step": step,
                 "world_size": accelerator.num_processes,
                 "changed": {key: list(pair) for key, pair in standing.changed.items()},
@@ -239,8 +243,17 @@ def _fit_classes(
         state = train_class(
             job, recipe, accelerator=accelerator, gpu=gpu, stop=stop, progress=progress, log=log
         )
-        on_first_process(accelerator, partial(_publish_final, job, data.tokenizer, state))
-        log({"event": "finish", "class_index": index, "class_name": name, "step": state.step})
+        on_first_process(
+            accelerator, partial(_publish_finals, job, part.finals, data.tokenizer, state)
+        )
+        log(
+            {
+                "event": "finish",
+                "class_index": part.index,
+                "class_name": part.name,
+                "step": state.step,
+            }
+        )
         # In this order, or the next model is built while this one is still on the device:
         # Accelerate's wrapped forward pass makes the model a cycle that only gc takes apart.
         del model, job
@@ -248,9 +261,11 @@ def _fit_classes(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+    if recipe.objective == "unconditional":
+        return  # it tells no classes apart
     # Unless nothing was trained now, and an earlier start came to its end.
     if accelerator.is_main_process and (plan or not (run_directory / CALIBRATION).is_file()):
-        log_joint_validation(run_directory, directories, data, recipe)
+        log_joint_validation(run_directory, parts, data, recipe)
     on_first_process(accelerator, lambda: calibrate(run_directory, data, progress))
 
 
@@ -259,35 +274,38 @@ def _write_plan(run_directory: Path, recipe: TrainRecipe, plan: dict[str, Any]) 
     write_card(run_directory, recipe, plan, metrics=None)
 
 
-def _known_steps(directory: Path, standing: Standing) -> int | None:
-    """The number of a class's steps, where a checkpoint or its final model tells it."""
+def _known_steps(part: Part, standing: Standing) -> int | None:
+    """The number of a part's steps, where a checkpoint or its final model tells it."""
     if standing.finished:
-        return read_training_record(directory / "final").steps
+        return read_training_record(part.finals[0]).steps
     if standing.checkpoint is None:
         return None
     return read_state(standing.checkpoint)[0].total_steps
 
 
-def _publish_final(job: ClassTraining, tokenizer: TextTokenizer, state: TrainState) -> None:
-    """Write `final/` from the best checkpoint: a model that transformers or peft loads as it is."""
+def _publish_finals(
+    job: ClassTraining, finals: Sequence[Path], tokenizer: TextTokenizer, state: TrainState
+) -> None:
+    """Write each `final/` from the best checkpoint: what transformers or peft loads as it is."""
     best = checkpoint_path(job.directory, state.best_step)
     verify(best)
     job.model.load_trainable_state(read_weights(best), best)
+    record = {
+        "class_index": job.identity.class_index,
+        "class_name": job.identity.class_name,
+        "best_step": state.best_step,
+        "best_loss_bits": state.best_loss_bits,
+        "steps": state.step,
+        "document_tokens": state.tokens,
+        "seconds": state.seconds,
+        "peak_memory_bytes": state.peak_memory_bytes,
+        "identity": dataclasses.asdict(job.identity),
+    }
 
-    def write(staging: Path) -> None:
-        job.model.save_pretrained(staging)
+    def write(model: TransformersModel, staging: Path) -> None:
+        model.save_pretrained(staging)
         tokenizer.save(staging)
-        record = {
-            "class_index": job.identity.class_index,
-            "class_name": job.identity.class_name,
-            "best_step": state.best_step,
-            "best_bits_per_token": state.best_bits_per_token,
-            "steps": state.step,
-            "document_tokens": state.tokens,
-            "seconds": state.seconds,
-            "peak_memory_bytes": state.peak_memory_bytes,
-            "identity": dataclasses.asdict(job.identity),
-        }
         write_json(staging / TRAINING_RECORD, record)
 
-    publish_directory(job.directory / "final", write)
+    for final, model in zip(finals, job.model.finals, strict=True):
+        publish_directory(final, partial(write, model))

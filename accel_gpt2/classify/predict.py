@@ -9,14 +9,15 @@ from numpy.typing import NDArray
 
 from accel_gpt2.classify.bayes import (
     joint_log_probabilities,
-    log_priors,
     posteriors,
     predict,
 )
 from accel_gpt2.classify.calibration import Calibration, calibrated_log_probabilities
 from accel_gpt2.classify.run import CALIBRATION, Run, open_run
-from accel_gpt2.data.tokenizer import EncodedDocument, TextTokenizer
-from accel_gpt2.train.model import LanguageModel, load_final, load_final_tokenizer
+from accel_gpt2.classify.scores import InMemoryDocuments, load_scorer
+from accel_gpt2.data.tokenizer import TextTokenizer
+from accel_gpt2.train.model import load_final_tokenizer
+from accel_gpt2.train.objective import TransformersModel
 from accel_gpt2.train.processes import build_accelerator
 from accel_gpt2.train.scoring import score_documents
 
@@ -33,21 +34,9 @@ class Prediction:
     label: str
     probabilities: dict[str, float]
     raw_probabilities: dict[str, float]
-    log_likelihoods: dict[str, float]
+    log_likelihoods: dict[str, float] | None  # a classification head gives none
     num_tokens: int  # predicted tokens: the text's own and EOS
     truncated: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _InMemory:
-    encoded: list[EncodedDocument]
-
-    @property
-    def lengths(self) -> NDArray[Any]:
-        return np.array([len(document.token_ids) for document in self.encoded], dtype=np.int64)
-
-    def document(self, index: int) -> NDArray[Any]:
-        return self.encoded[index].token_ids
 
 
 class Classifier:
@@ -57,8 +46,7 @@ class Classifier:
         self.run = run
         self._tokenizer = tokenizer
         self._calibration = calibration
-        self._log_prior = log_priors(run.class_counts, run.recipe.priors)
-        self._models: dict[int, LanguageModel] = {}
+        self._models: dict[int, TransformersModel] = {}
         self._accelerator = build_accelerator(run.recipe)
 
     @property
@@ -70,23 +58,22 @@ class Classifier:
         """Classify texts; an empty list gives an empty list."""
         if not texts:
             return []
-        documents = _InMemory(self._tokenizer.encode(texts, self.run.recipe.max_length))
-        columns = [self._score(index, documents) for index in range(len(self.class_names))]
-        log_likelihoods = np.stack(columns, axis=1)
+        documents = InMemoryDocuments(self._tokenizer.encode(texts, self.run.recipe.max_length))
+        columns = [self._score(index, documents) for index in range(len(self.run.finals))]
+        scores = np.column_stack(columns)
         num_tokens = documents.lengths - 1
-        labels = predict(log_likelihoods, self._log_prior)
-        raw = posteriors(joint_log_probabilities(log_likelihoods, self._log_prior))
+        discriminative = self.run.recipe.objective == "classification"
+        labels = predict(scores, self.run.log_prior)
+        raw = posteriors(joint_log_probabilities(scores, self.run.log_prior))
         calibrated = np.exp(
-            calibrated_log_probabilities(
-                self._calibration, log_likelihoods, self._log_prior, num_tokens
-            )
+            calibrated_log_probabilities(self._calibration, scores, self.run.log_prior, num_tokens)
         )
         return [
             Prediction(
                 label=self.class_names[int(labels[row])],
                 probabilities=self._by_class(calibrated[row]),
                 raw_probabilities=self._by_class(raw[row]),
-                log_likelihoods=self._by_class(log_likelihoods[row]),
+                log_likelihoods=None if discriminative else self._by_class(scores[row]),
                 num_tokens=int(num_tokens[row]),
                 truncated=document.truncated,
             )
@@ -96,11 +83,11 @@ class Classifier:
     def _by_class(self, values: NDArray[Any]) -> dict[str, float]:
         return {name: float(x) for name, x in zip(self.class_names, values, strict=True)}
 
-    def _score(self, index: int, documents: _InMemory) -> NDArray[np.float64]:
+    def _score(self, index: int, documents: InMemoryDocuments) -> NDArray[np.float64]:
         device = self._accelerator.device
         model = self._models.get(index)
         if model is None:
-            model = self._models[index] = load_final(self.run.final(index), self.run.recipe)
+            model = self._models[index] = load_scorer(self.run, index)
         model.to(device)
         scores = score_documents(
             model,
@@ -120,5 +107,10 @@ def load_classifier(run_directory: Path) -> Classifier:
         UserError: when it is no run directory, not trained to the end, or damaged.
     """
     run = open_run(run_directory)
-    calibration = Calibration.read(run_directory / CALIBRATION, len(run.class_names))
-    return Classifier(run, load_final_tokenizer(run.final(0)), calibration)
+    path = run_directory / CALIBRATION
+    if run.recipe.objective == "masked_lm":
+        # Training fits it on estimates; an evaluation has fitted one on what is computed here.
+        evaluated = run_directory / "evaluation" / CALIBRATION
+        path = evaluated if evaluated.is_file() else path
+    calibration = Calibration.read(path, len(run.class_names))
+    return Classifier(run, load_final_tokenizer(run.finals[0]), calibration)

@@ -1,14 +1,17 @@
 """A run directory: its names, and what is read back from it."""
 
 import json
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+import numpy as np
 from annotated_types import Ge, MinLen
 from pydantic import TypeAdapter
 
+from accel_gpt2.classify.bayes import FloatArray, log_priors
+from accel_gpt2.classify.parts import Part, parts_of
 from accel_gpt2.durable import write_json, write_text
 from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import Count, Layer, TrainRecipe, read_layer, resolve, to_yaml
@@ -32,13 +35,24 @@ class Run:
     class_counts: tuple[int, ...]  # training documents
     data_fingerprint: str
 
-    def class_directory(self, index: int) -> Path:
-        """Where one class's checkpoints and final model are."""
-        return class_directory(self.directory, index, self.class_names[index])
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What is trained, in order."""
+        return parts_of(self.directory, self.recipe.objective, self.class_names)
 
-    def final(self, index: int) -> Path:
-        """The trained model of one class, loadable by transformers or peft."""
-        return self.class_directory(index) / "final"
+    @property
+    def finals(self) -> tuple[Path, ...]:
+        """The trained models, one per class or one of all, loadable by transformers or peft."""
+        return tuple(final for part in self.parts for final in part.finals)
+
+    @property
+    def log_prior(self) -> FloatArray:
+        """What Bayes' rule adds to the scores of each class, in nats."""
+        return score_log_prior(self.recipe, self.class_counts)
+
+    def training_records(self) -> list["TrainingRecord"]:
+        """One per part."""
+        return [read_training_record(part.finals[0]) for part in self.parts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,16 +86,6 @@ class TrainingRecord:
 
 _PLAN_READER = TypeAdapter(_Plan)
 _RECORD_READER = TypeAdapter(TrainingRecord)
-
-
-def class_directory(run_directory: Path, index: int, name: str) -> Path:
-    """`class-<index>-<slug>`: readable, and safe on any file system.
-
-    >>> class_directory(Path("runs/a"), 3, "Sci/Tech").name
-    'class-3-sci-tech'
-    """
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "unnamed"
-    return run_directory / f"class-{index}-{slug}"
 
 
 def open_run(directory: Path, *, finished: bool = True) -> Run:
@@ -120,29 +124,35 @@ def open_run(directory: Path, *, finished: bool = True) -> Run:
         data_fingerprint=plan.data_fingerprint,
     )
     missing = [
-        name
-        for index, name in enumerate(run.class_names)
-        if not (run.final(index) / MANIFEST).is_file()
+        part.name
+        for part in run.parts
+        if not all((final / MANIFEST).is_file() for final in part.finals)
     ]
     if not missing and not (directory / CALIBRATION).is_file():
         missing = [CALIBRATION]
+    if finished and recipe.objective == "unconditional":
+        raise UserError(
+            f"{directory} is one language model of all classes (objective = 'unconditional') and "
+            "tells none apart: fine-tune it with --model "
+            f"{run.finals[0]} --init pretrained --finetuning lora."
+        )
     if finished and missing:
         raise UserError(
             f"{directory} is not trained to the end: {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} missing. {_go_on(directory)}"
         )
     if finished:
-        for index in range(len(run.class_names)):
-            _check_belongs(run, index)
+        for part in run.parts:
+            for final in part.finals:
+                _check_belongs(run, part, final)
     return run
 
 
-def _check_belongs(run: Run, index: int) -> None:
-    """Raise a UserError unless a class was trained by the plan and the recipe that are there."""
-    path = run.final(index) / TRAINING_RECORD
-    identity = read_identity(read_training_record(run.final(index)).identity, path)
+def _check_belongs(run: Run, part: Part, final: Path) -> None:
+    """Raise a UserError unless a model was trained by the plan and the recipe that are there."""
+    identity = read_identity(read_training_record(final).identity, final / TRAINING_RECORD)
     now: dict[str, object] = {
-        "class_name": run.class_names[index],
+        "class_name": part.name,
         "data_fingerprint": run.data_fingerprint,
         **{key: getattr(run.recipe, key) for key in _SCORING_FIELDS},
     }
@@ -155,14 +165,14 @@ def _check_belongs(run: Run, index: int) -> None:
     if changed:
         listed = ", ".join(f"{key} = {then.get(key)!r} (now {now[key]!r})" for key in changed)
         raise UserError(
-            f"{run.final(index)} was trained with {listed}: plan.json or recipe.yaml was changed "
+            f"{final} was trained with {listed}: plan.json or recipe.yaml was changed "
             "since, or belongs to another run. Bring the earlier one back, or train again with "
             "--resume never."
         )
 
 
 # What a class's scores depend on; the rest of a recipe may be changed by a later start.
-_SCORING_FIELDS = ("model", "finetuning", "fused_gelu", "max_length")
+_SCORING_FIELDS = ("objective", "model", "finetuning", "fused_gelu", "max_length")
 
 
 def _go_on(directory: Path) -> str:
@@ -175,6 +185,13 @@ def holds_work(run_directory: Path) -> bool:
     return any(run_directory.glob("class-*/checkpoint-*")) or any(
         run_directory.glob("class-*/final")
     )
+
+
+def score_log_prior(recipe: TrainRecipe, class_counts: Sequence[int]) -> FloatArray:
+    """log p(c) in nats, [num_classes]; zero where the scores are log p(c|x) and have it in them."""
+    if recipe.objective == "classification":
+        return np.zeros(len(class_counts))
+    return log_priors(class_counts, recipe.priors)
 
 
 def write_recipe(run_directory: Path, recipe: TrainRecipe) -> None:

@@ -1,20 +1,20 @@
-"""How a run starts: where each class stands, what is refused, and what is written first."""
+"""How a run starts: where each of its parts stands, what is refused, and what is written first."""
 
 import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accel_gpt2.classify.aside import make_way
 from accel_gpt2.classify.describe import describe_environment
+from accel_gpt2.classify.parts import Part, parts_of
 from accel_gpt2.classify.prepare import PreparedData
 from accel_gpt2.classify.run import (
     TRAINING_RECORD,
-    class_directory,
     read_training_record,
     write_recipe,
 )
@@ -38,7 +38,7 @@ Changes = Mapping[str, tuple[object, object]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """Where a class stands when a run starts, decided by the first process for all."""
+    """Where a part stands when a run starts, decided by the first process for all."""
 
     finished: bool
     checkpoint: Path | None  # whole; what to go on from
@@ -58,24 +58,24 @@ def start_directory(
     with writing(run_directory):
         make_directory(run_directory)
     make_way(run_directory, resume=resume)
-    names = data.text.class_names
-    directories = class_directories(run_directory, data)
-    chosen = None if resume in {"auto", "never"} else _chosen_checkpoint(resume, len(names))
+    parts = parts_of(run_directory, recipe.objective, data.text.class_names)
+    chosen = None if resume in {"auto", "never"} else _chosen_checkpoint(resume, len(parts))
     standings = []
-    for index, directory in enumerate(directories):
-        identity = class_identity(recipe, data, index)
-        path = chosen[1] if chosen is not None and chosen[0] == index else None
-        standing = _standing(directory, identity, recipe, chosen=path)
+    for part in parts:
+        path = chosen[1] if chosen is not None and chosen[0] == part.index else None
+        standing = _standing(part, part_identity(recipe, data, part), recipe, chosen=path)
         if path is not None and standing.finished:
             raise UsageError(
-                f"--resume {resume}: {names[index]} is trained to the end already; give "
-                f"--resume auto to go on with the others, or remove {directory / 'final'}."
+                f"--resume {resume}: {part.name} is trained to the end already; give "
+                f"--resume auto to go on with the others, or remove {part.finals[0]}."
             )
         standings.append(standing)
-    standings = _with_warnings(run_directory, names, standings)
-    for directory, standing in zip(directories, standings, strict=True):
-        with writing(directory):
-            make_directory(directory)
+    standings = _with_warnings(run_directory, [part.name for part in parts], standings)
+    for part, standing in zip(parts, standings, strict=True):
+        directory = part.directory
+        for folder in (directory, *(final.parent for final in part.finals)):
+            with writing(folder):
+                make_directory(folder)
         if not standing.finished:
             state = None if standing.checkpoint is None else read_state(standing.checkpoint)[0]
             set_aside_newer(directory, -1 if state is None else state.step)
@@ -89,19 +89,15 @@ def start_directory(
     return standings
 
 
-def class_directories(run_directory: Path, data: PreparedData) -> list[Path]:
-    names = data.text.class_names
-    return [class_directory(run_directory, index, name) for index, name in enumerate(names)]
-
-
-def class_identity(recipe: TrainRecipe, data: PreparedData, index: int) -> Identity:
+def part_identity(recipe: TrainRecipe, data: PreparedData, part: Part) -> Identity:
+    """What a part's checkpoints and models belong to."""
     recipe_values = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in dataclasses.asdict(recipe).items()
     }
     return Identity(
-        class_index=index,
-        class_name=data.text.class_names[index],
+        class_index=part.index,
+        class_name=part.name,
         data_fingerprint=data.text.fingerprint,
         tokenizer_fingerprint=data.tokenizer.fingerprint,
         recipe=recipe_values,
@@ -141,23 +137,26 @@ def _changes(there: Identity, here: Identity, recipe: TrainRecipe, path: Path) -
 
 
 def _standing(
-    directory: Path, identity: Identity, recipe: TrainRecipe, *, chosen: Path | None
+    part: Part, identity: Identity, recipe: TrainRecipe, *, chosen: Path | None
 ) -> Standing:
-    """Where one class stands; damage is passed over, what does not belong here is refused.
+    """Where one part stands; damage is passed over, what does not belong here is refused.
 
     Raises:
         UserError: when what there is cannot be gone on from, or nothing of it is whole.
     """
-    final = directory / "final"
+    directory = part.directory
     problems: list[str] = []
-    with writing(directory):
-        finish_replacing(directory)
-    if final.is_dir():
+    for folder in (directory, *(final.parent for final in part.finals)):
+        with writing(folder):
+            finish_replacing(folder)
+    if all(final.is_dir() for final in part.finals):
         try:
-            verify(final)
+            for final in part.finals:
+                verify(final)
         except UserError as error:
             problems.append(str(error))  # it is exported again, from the checkpoints
         else:
+            final = part.finals[0]
             record = read_training_record(final).identity
             there = read_identity(record, final / TRAINING_RECORD)
             changed = _changes(there, identity, recipe, final)
@@ -179,7 +178,7 @@ def _standing(
 
 
 def _with_warnings(
-    run_directory: Path, names: tuple[str, ...], standings: list[Standing]
+    run_directory: Path, names: Sequence[str], standings: list[Standing]
 ) -> list[Standing]:
     """Have each class that was trained with other values say so.
 
@@ -228,7 +227,7 @@ def _were(changes: Changes) -> str:
     return ", ".join(f"{key} = {before!r}" for key, (before, _) in changes.items())
 
 
-def _chosen_checkpoint(resume: str, num_classes: int) -> tuple[int, Path]:
+def _chosen_checkpoint(resume: str, num_parts: int) -> tuple[int, Path]:
     path = Path(resume).resolve()  # `best` is a link that moves on
     if not resume or not os.path.isdir(path):
         raise UsageError(f"--resume {resume}: give auto, never, or a checkpoint directory.")
@@ -238,6 +237,6 @@ def _chosen_checkpoint(resume: str, num_classes: int) -> tuple[int, Path]:
             f"--resume {resume}: it is no checkpoint; give a checkpoint-... directory."
         )
     class_index = read_state(path)[1].class_index
-    if class_index >= num_classes:
+    if class_index >= num_parts:
         raise UsageError(f"--resume {resume}: it is of a class that this data set has not got.")
     return class_index, path

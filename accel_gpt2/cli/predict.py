@@ -116,7 +116,7 @@ def show_predictions(documents: Sequence[str], predictions: Sequence["Prediction
                 [
                     name,
                     f"{prediction.probabilities[name]:.3f}",
-                    f"{prediction.log_likelihoods[name]:.1f}",
+                    _nats(prediction, name),
                     "<- Bayes' rule" if name == prediction.label else "",
                 ]
                 for name in names
@@ -135,6 +135,11 @@ def show_predictions(documents: Sequence[str], predictions: Sequence["Prediction
             for text, prediction in zip(documents, predictions, strict=True)
         ],
     )
+
+
+def _nats(prediction: "Prediction", name: str) -> str:
+    found = prediction.log_likelihoods
+    return "" if found is None else f"{found[name]:.1f}"
 
 
 def _excerpt(text: str) -> str:

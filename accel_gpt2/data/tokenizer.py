@@ -17,11 +17,13 @@ from accel_gpt2.data.hub import HubAnswer, ask_hub, why_unreachable
 from accel_gpt2.data.local_models import local_model
 from accel_gpt2.data.progress import document_progress
 from accel_gpt2.data.quiet import quiet_transformers
+from accel_gpt2.data.weights import weights_location
 from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import TrainRecipe
 
 GPT2_VOCABULARY = Path(__file__).parent / "gpt2_vocabulary"
 END_OF_TEXT = "<|endoftext|>"
+PAD, MASK = "<pad>", "<mask>"  # of encoders
 
 # No more of a document's beginning is looked at than this many characters per token that can be
 # kept, so that a document of 10 MB costs what its first tokens cost. Prose has about four.
@@ -51,7 +53,8 @@ class TextTokenizer:
 
     A literal `<|endoftext|>` (or any other special token) in a document is spelled out in ordinary
     tokens: it never becomes the special token. `name` says where the tokenizer came from;
-    `fingerprint` is equal exactly for tokenizers that encode alike.
+    `fingerprint` is equal exactly for tokenizers that encode alike. `mask_token_id` and
+    `pad_token_id` are None where it has no such token; documents never hold them.
     """
 
     name: str
@@ -59,6 +62,8 @@ class TextTokenizer:
     eos_token_id: int
     vocab_size: int
     fingerprint: str
+    mask_token_id: int | None
+    pad_token_id: int | None
     _tokenizer: Any = field(repr=False)  # transformers.PreTrainedTokenizerFast
     _backend: Any = field(repr=False)  # its tokenizers.Tokenizer
 
@@ -110,7 +115,7 @@ def load_tokenizer(
     """The tokenizer that a recipe means; `train_texts` are read only by `tokenizer = "train"`.
 
     `auto` is the model's own: for the GPT-2 sizes of the catalog the vocabulary that ships with
-    this package, else what stands in the model's directory or hub repository.
+    this package, else what stands in the model's directory or hub repository (`weights_location`).
 
     Raises:
         UserError: when the tokenizer cannot be had, is not a fast one, or has no EOS.
@@ -118,13 +123,28 @@ def load_tokenizer(
     if recipe.tokenizer == "train":
         if train_texts is None:
             raise UserError("tokenizer = 'train' needs the training texts, and there are none.")
-        return _train_tokenizer(train_texts, recipe.tokenizer_vocab_size, progress=progress)
+        row = MODELS.get(recipe.model)
+        encoder = recipe.objective == "masked_lm" or (
+            row is not None and row.model_type == "roberta"
+        )
+        return _train_tokenizer(
+            train_texts,
+            recipe.tokenizer_vocab_size,
+            special_tokens=[END_OF_TEXT, PAD, MASK] if encoder else [END_OF_TEXT],
+            progress=progress,
+        )
     if recipe.tokenizer != "auto":
         return _from_pretrained(recipe.tokenizer)
-    catalog_names = set(MODELS) | {row.hub_id for row in MODELS.values()}
-    if recipe.model in catalog_names:
+    gpt2_rows = [row for row in MODELS.values() if row.model_type == "gpt2"]
+    if recipe.model in {row.name for row in gpt2_rows} | {row.hub_id for row in gpt2_rows}:
         return load_gpt2_tokenizer()
-    return _from_pretrained(recipe.model)
+    row = MODELS.get(recipe.model)
+    if row is not None and row.hub_id is None:
+        raise UserError(
+            f"{row.name} has no tokenizer of its own; give --set tokenizer=train, or "
+            "--set tokenizer=DIRECTORY."
+        )
+    return _from_pretrained(weights_location(recipe.model))
 
 
 def load_gpt2_tokenizer() -> TextTokenizer:
@@ -240,12 +260,16 @@ def _wrap(tokenizer: Any, name: str) -> TextTokenizer:
         # The highest id counts, not the number of entries: some vocabularies have holes.
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         fingerprint=fingerprint,
+        mask_token_id=tokenizer.mask_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         _tokenizer=tokenizer,
         _backend=backend,
     )
 
 
-def _train_tokenizer(texts: Iterable[str], vocab_size: int, *, progress: bool) -> TextTokenizer:
+def _train_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, special_tokens: list[str], progress: bool
+) -> TextTokenizer:
     """A byte-level BPE of the training texts, the same for the same texts."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -259,12 +283,16 @@ def _train_tokenizer(texts: Iterable[str], vocab_size: int, *, progress: bool) -
 
     def build(path: Path) -> None:
         with document_progress("Training the tokenizer", None, show=progress) as advance:
-            path.write_text(_byte_level_bpe(_counted(texts, advance), vocab_size), encoding="utf-8")
+            tokenizer = _byte_level_bpe(_counted(texts, advance), vocab_size, special_tokens)
+            path.write_text(tokenizer, encoding="utf-8")
 
-    key = content_key("bpe", 1, digest.hexdigest(), vocab_size, tokenizers.__version__)
+    key = content_key(
+        "bpe", 1, digest.hexdigest(), vocab_size, tokenizers.__version__, *special_tokens[1:]
+    )
     path = cached_file("tokenizers", key, ".json", build)
+    encoder = {"pad_token": PAD, "mask_token": MASK} if MASK in special_tokens else {}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(path), bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
+        tokenizer_file=str(path), bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, **encoder
     )
     return _wrap(tokenizer, f"BPE of {vocab_size:,} trained on the training split")
 
@@ -275,7 +303,7 @@ def _counted(texts: Iterable[str], advance: Any) -> Iterable[str]:
         advance(1)
 
 
-def _byte_level_bpe(texts: Iterable[str], vocab_size: int) -> str:
+def _byte_level_bpe(texts: Iterable[str], vocab_size: int, special_tokens: list[str]) -> str:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -283,7 +311,7 @@ def _byte_level_bpe(texts: Iterable[str], vocab_size: int) -> str:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=special_tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

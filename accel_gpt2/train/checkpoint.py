@@ -76,10 +76,12 @@ class TrainState:
     seconds: float = 0.0  # spent training this class, over all starts
     evaluated_step: int = -1  # the last step that was evaluated
     best_step: int = -1
-    best_bits_per_token: float = float("inf")
+    best_loss_bits: float = float(
+        "inf"
+    )  # on validation: per token, or per document of a classifier
     peak_memory_bytes: Count = 0
     loss_sum: float = 0.0  # since the last log line, so that a resumed run logs the same numbers
-    loss_tokens: Count = 0
+    loss_targets: Count = 0
     skipped_steps: Count = 0  # that changed nothing: see `nonfinite`
     bad_steps_in_a_row: Count = 0
 

@@ -1,4 +1,4 @@
-"""The training loop of one class: long and flat, so that a whole step can be read at once."""
+"""The training loop of one model: long and flat, so that a whole step can be read at once."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from accel_gpt2.catalog.gpus import GpuSpec
 from accel_gpt2.catalog.optimizers import OPTIMIZERS
-from accel_gpt2.data.batching import collate, split_micro_batches
+from accel_gpt2.data.batching import Indices, split_micro_batches
 from accel_gpt2.data.tokenized import TokenizedDocuments
 from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import TrainRecipe
@@ -31,7 +31,6 @@ from accel_gpt2.train.checkpoint import (
 )
 from accel_gpt2.train.manifest import is_whole
 from accel_gpt2.train.memory import fitting_micro_batch_tokens
-from accel_gpt2.train.model import LanguageModel
 from accel_gpt2.train.nonfinite import (
     MAX_SKIPPED_IN_A_ROW,
     NONFINITE_FILE,
@@ -42,11 +41,12 @@ from accel_gpt2.train.nonfinite import (
     left_to_the_scaler,
     write_nonfinite_step,
 )
+from accel_gpt2.train.objective import TrainedModel, to_device
 from accel_gpt2.train.optim import build_optimizer, learning_rate_at
 from accel_gpt2.train.processes import gather_objects, on_first_process
 from accel_gpt2.train.progress import TrainProgress, describe_step
 from accel_gpt2.train.schedule import BatchSchedule
-from accel_gpt2.train.scoring import score_documents, to_device
+from accel_gpt2.train.scoring import score_documents
 from accel_gpt2.train.stopping import StopRequest
 from accel_gpt2.train.throughput import flops_per_token, peak_flops_per_second, peak_memory_bytes
 
@@ -58,11 +58,12 @@ VALIDATION_SCORES = "validation_scores"  # a folder in each class's directory
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassTraining:
-    """One class to train: its documents, its place, and what it may continue from.
+    """One model to train: its documents, its place, and what it may continue from.
 
     `checkpoint` is a directory that `verify` has passed; None starts from step 0. `validation`
     holds the validation documents of all classes, since the classifier compares models on every
-    document; `joint_accuracy` gives the accuracy of the whole classifier from this class's step and
+    document, and `own_validation` the indices of those of the model's own class or classes;
+    `joint_accuracy` gives the accuracy of the whole classifier from this class's step and
     validation scores, or None while other classes have none. `spent_seconds` went into earlier
     starts of the run and `later_steps` are still to come in other classes. `on_recipe` is told, on
     all ranks, when the recipe's micro batch was too large for this machine; `on_saved`, on the
@@ -73,11 +74,12 @@ class ClassTraining:
     directory: Path
     documents: TokenizedDocuments
     validation: TokenizedDocuments
-    model: LanguageModel
+    own_validation: Indices
+    model: TrainedModel
     schedule: BatchSchedule
     checkpoint: Path | None
     joint_accuracy: Callable[[int, NDArray[np.float64]], float | None]
-    num_classes: int
+    num_parts: int
     spent_seconds: float
     later_steps: int
     on_recipe: Callable[[TrainRecipe], None]
@@ -85,7 +87,7 @@ class ClassTraining:
 
 
 def validation_scores_path(class_directory: Path, step: int) -> Path:
-    """Where log p(x) of every validation document is kept, float64, one file per evaluation."""
+    """Where the scores of all validation documents are kept, float64, one file per evaluation."""
     return class_directory / VALIDATION_SCORES / f"{step}.npy"
 
 
@@ -99,11 +101,11 @@ def train_class(
     progress: TrainProgress,
     log: LogRow,
 ) -> TrainState:
-    """Train one class to the end of its schedule and return the final state.
+    """Train one model to the end of its schedule and return the final state.
 
-    The loss of a step is the sum of its token losses over the number of predicted tokens in the
-    global batch, over all ranks and micro batches; so neither their number nor their size changes
-    the result beyond rounding.
+    The loss of a step is the sum over its targets (of a language model the predicted tokens) over
+    their number in the global batch, over all ranks and micro batches; so neither the number of
+    these nor their size changes the result beyond rounding.
 
     Raises:
         StoppedEarly: by a signal, the time limit or the budget, after saving.
@@ -116,10 +118,10 @@ def train_class(
     rank: int = accelerator.process_index
     lengths = job.documents.lengths
     schedule = job.schedule
-    own_validation = np.flatnonzero(job.validation.labels == job.identity.class_index)
+    num_targets = job.model.num_targets(lengths)
     flops = flops_per_token(job.model, lengths, recipe)
     peak_flops = peak_flops_per_second(gpu, recipe.mixed_precision)
-    name = f"{job.identity.class_name} ({job.identity.class_index + 1}/{job.num_classes})"
+    name = f"{job.identity.class_name} ({job.identity.class_index + 1}/{job.num_parts})"
 
     checkpoint = None if job.checkpoint is None else read_checkpoint(job.checkpoint)
     optimizer = build_optimizer(job.model, recipe)
@@ -144,7 +146,7 @@ def train_class(
         best_path = checkpoint_path(job.directory, state.best_step)
         if state.best_step >= 0 and not on_first_process(accelerator, lambda: is_whole(best_path)):
             # What comes is compared with what there is: this step again, if it is one to evaluate.
-            state.best_step, state.best_bits_per_token = -1, math.inf
+            state.best_step, state.best_loss_bits = -1, math.inf
             state.evaluated_step, saved = -1, None
     resumed = checkpoint is not None
     del checkpoint  # 12 bytes a parameter
@@ -177,7 +179,7 @@ def train_class(
         )
 
     running_loss = torch.zeros((), dtype=torch.float64, device=device)
-    running_tokens = 0
+    running_targets = 0
     step_seconds = save_seconds = 0.0  # the longest so far
     started = time.monotonic()
     seconds_before = state.seconds
@@ -185,13 +187,13 @@ def train_class(
 
     def gather_loss() -> None:
         """Move the loss summed on the devices into the state; it waits for all work on a GPU."""
-        nonlocal running_tokens
+        nonlocal running_targets
         if world_size > 1:
             torch.distributed.all_reduce(running_loss)
         state.loss_sum += float(running_loss)
-        state.loss_tokens += running_tokens
+        state.loss_targets += running_targets
         running_loss.zero_()
-        running_tokens = 0
+        running_targets = 0
         state.seconds = seconds_before + time.monotonic() - started
         state.peak_memory_bytes = max(state.peak_memory_bytes, peak_memory_bytes(device))
 
@@ -243,13 +245,11 @@ def train_class(
             accelerator=accelerator,
             on_batch=on_batch,
         )
-        finite = np.isfinite(scores[own_validation])
-        nats = -scores[own_validation].sum()
-        bits = float(nats / math.log(2))
-        bits_per_token = bits / int((job.validation.lengths[own_validation] - 1).sum())
-        bits_per_byte = bits / max(1, int(job.validation.num_bytes[own_validation].sum()))
-        if not math.isfinite(bits):
-            bad = [int(x) for x in job.validation.rows[own_validation][~finite]]
+        validation = plain_model.validation(scores, job.validation, job.own_validation)
+        if not math.isfinite(validation.loss_bits):
+            finite = np.isfinite(scores.reshape(len(scores), -1).sum(axis=1))
+            broken = [i for i in job.own_validation if not finite[i]]
+            bad = [int(row) for row in job.validation.rows[broken]]
             raise UserError(
                 f"{name}: the model gives {len(bad)} validation documents no finite likelihood "
                 f"after step {state.step} (the first is row {bad[0]} of the training split), and "
@@ -258,17 +258,16 @@ def train_class(
             )
         accuracy = job.joint_accuracy(state.step, scores)
         state.evaluated_step = state.step
-        best = bits_per_token < state.best_bits_per_token
+        best = validation.loss_bits < state.best_loss_bits
         if best:
-            state.best_step, state.best_bits_per_token = state.step, bits_per_token
+            state.best_step, state.best_loss_bits = state.step, validation.loss_bits
         scores_path = validation_scores_path(job.directory, state.step)
         on_first_process(accelerator, lambda: write_array(scores_path, scores))
         log(
             {
                 "event": "evaluate",
                 **_where(job.identity, state, schedule),
-                "validation_bits_per_token": bits_per_token,
-                "validation_bits_per_byte": bits_per_byte,
+                **validation.values,
                 "best": best,
                 "joint_validation_accuracy": accuracy,
             }
@@ -277,7 +276,7 @@ def train_class(
         joint = "" if accuracy is None else f" · joint validation accuracy {accuracy:.4f}"
         progress.say(
             f"{name} step {state.step}/{schedule.total_steps} · validation "
-            f"{bits_per_token:.4f} bits/token{' (best)' if best else ''}{joint}"
+            f"{validation.loss_bits:.4f} {plain_model.loss_unit}{' (best)' if best else ''}{joint}"
         )
         progress.start(name, schedule.total_steps, state.step)
 
@@ -330,7 +329,7 @@ def train_class(
         step_started = time.monotonic()
         # One optimizer step: one global batch, in as many micro batches as the memory asks for.
         batch = schedule.epoch(state.epoch)[state.batch]
-        batch_tokens = int((lengths[batch] - 1).sum())
+        batch_tokens, batch_targets = int((lengths[batch] - 1).sum()), int(num_targets[batch].sum())
         micro_batches = split_micro_batches(
             lengths, batch, world_size=world_size, micro_batch_tokens=recipe.micro_batch_tokens
         )
@@ -339,14 +338,16 @@ def train_class(
             group["lr"] = learning_rate
         micro_batch_losses = []
         for number, per_rank in enumerate(micro_batches, start=1):
-            documents = [job.documents.document(int(index)) for index in per_rank[rank]]
-            tensors = to_device(collate(documents), device)
+            own = per_rank[rank]
+            documents = [job.documents.document(int(index)) for index in own]
+            arrays = plain_model.collate(documents, job.documents.labels[own], epoch=state.epoch)
+            tensors = to_device(arrays, device)
             last = number == len(micro_batches)
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 loss = model(*tensors)
                 # DDP averages over ranks, so the sum over ranks is world_size times that.
-                accelerator.backward(loss * (world_size / batch_tokens))
-            micro_batch_losses.append(MicroBatchLoss(documents=per_rank[rank], loss=loss.detach()))
+                accelerator.backward(loss * (world_size / batch_targets))
+            micro_batch_losses.append(MicroBatchLoss(documents=own, loss=loss.detach()))
         grad_norm = float(  # waits for the device
             accelerator.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf)
         )
@@ -360,7 +361,7 @@ def train_class(
             optimizer.step()
             for item in micro_batch_losses:
                 running_loss += item.loss
-            running_tokens += batch_tokens
+            running_targets += batch_targets
             state.tokens += batch_tokens
             state.bad_steps_in_a_row = 0
         state.step += 1
@@ -377,8 +378,8 @@ def train_class(
             now = time.monotonic()
             tokens_per_second = line_tokens / max(1e-9, now - line_started)
             line_started, line_tokens = now, 0
-            mean_loss = state.loss_sum / state.loss_tokens if state.loss_tokens else math.nan
-            state.loss_sum, state.loss_tokens = 0.0, 0
+            mean_loss = state.loss_sum / state.loss_targets if state.loss_targets else math.nan
+            state.loss_sum, state.loss_targets = 0.0, 0
             mfu = None
             if peak_flops is not None and flops is not None:
                 mfu = tokens_per_second * flops / (peak_flops * world_size)

@@ -14,7 +14,12 @@ from torch.autograd.function import once_differentiable
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk_tokens: int
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    chunk_tokens: int,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """Sum of -log softmax(hidden @ weight.T + bias)[target] over all rows, in nats, fp32.
 
@@ -27,9 +32,10 @@ def chunked_cross_entropy(
         bias: [vocab_size] or None.
         targets: [num_tokens], int64.
         chunk_tokens: rows of logits that exist at once.
+        row_weights: [num_tokens], what each row counts, constants; None for 1 each.
     """
     loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, chunk_tokens
+        hidden, weight, bias, targets, chunk_tokens, row_weights
     )
     return loss
 
@@ -70,6 +76,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         chunk_tokens: int,
+        row_weights: Tensor | None,
     ) -> Tensor:
         hidden_wanted, weight_wanted, bias_wanted, *_ = ctx.needs_input_grad
         anything_wanted = hidden_wanted or weight_wanted or bias_wanted
@@ -91,12 +98,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 wanted = targets[start:stop, None]
                 logits = F.linear(rows, head, head_bias).float()
                 normalizer = logits.logsumexp(dim=1, keepdim=True)
-                total += (normalizer - logits.gather(1, wanted)).sum()
+                losses = normalizer - logits.gather(1, wanted)
+                counts = None if row_weights is None else row_weights[start:stop, None].float()
+                total += (losses if counts is None else counts * losses).sum()
                 if not anything_wanted:
                     continue
                 # d loss / d logits = softmax - one-hot, in the place of the logits.
                 error = logits.sub_(normalizer).exp_()
                 error.scatter_add_(1, wanted, error.new_full((1, 1), -1.0).expand_as(wanted))
+                if counts is not None:
+                    error *= counts
                 if grad_bias is not None:
                     grad_bias += error.sum(dim=0)
                 error = error.to(dtype)
@@ -122,4 +133,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradients: tuple[Tensor | None, ...] = ctx.gradients
         ctx.gradients = None  # scaled in place below, so a second backward must fail
         scaled = tuple(None if g is None else g.mul_(factor) for g in gradients)
-        return (*scaled, None, None)
+        return (*scaled, None, None, None)

@@ -7,15 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from accel_gpt2.data.batching import Documents, collate
+from accel_gpt2.data.batching import Documents
 from accel_gpt2.errors import DoesNotFitError
 from accel_gpt2.failures import machine_failure
-from accel_gpt2.train.model import LanguageModel
-from accel_gpt2.train.scoring import to_device
+from accel_gpt2.train.objective import TrainedModel, to_device
 
 
 def fitting_micro_batch_tokens(
-    model: LanguageModel,
+    model: TrainedModel,
     documents: Documents,
     *,
     micro_batch_tokens: int,
@@ -58,7 +57,7 @@ def fitting_micro_batch_tokens(
 
 
 def _fits_on_all(
-    model: LanguageModel, batch: list[Any], reserved_bytes: int, accelerator: Any
+    model: TrainedModel, batch: list[Any], reserved_bytes: int, accelerator: Any
 ) -> bool:
     device: torch.device = accelerator.device
     failed = torch.tensor(not _fits(model, batch, reserved_bytes, accelerator), device=device)
@@ -68,7 +67,7 @@ def _fits_on_all(
     return not bool(failed)
 
 
-def _fits(model: LanguageModel, batch: list[Any], reserved_bytes: int, accelerator: Any) -> bool:
+def _fits(model: TrainedModel, batch: list[Any], reserved_bytes: int, accelerator: Any) -> bool:
     from accelerate.utils.memory import clear_device_cache
 
     device: torch.device = accelerator.device
@@ -92,11 +91,13 @@ def _fits(model: LanguageModel, batch: list[Any], reserved_bytes: int, accelerat
 
 
 def _forward_and_backward(
-    model: LanguageModel, batch: list[Any], reserved_bytes: int, accelerator: Any
+    model: TrainedModel, batch: list[Any], reserved_bytes: int, accelerator: Any
 ) -> None:
     device: torch.device = accelerator.device
     reserved = torch.empty(reserved_bytes, dtype=torch.uint8, device=device)
     with accelerator.autocast():
-        loss = model(*to_device(collate(batch), device))
+        # Any class will do: what it costs is the same.
+        tensors = model.collate(batch, np.zeros(len(batch), dtype=np.int64), epoch=0)
+        loss = model(*to_device(tensors, device))
     loss.backward()
     del reserved  # held until here

@@ -1,22 +1,28 @@
 """The model: built or loaded, adapted, and wrapped so that its forward pass is the loss."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
 
 from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.data.quiet import quiet_transformers
 from accel_gpt2.data.tokenizer import TextTokenizer, load_saved_tokenizer
+from accel_gpt2.data.weights import weights_are_cached, weights_location
 from accel_gpt2.errors import UsageError, UserError
 from accel_gpt2.failures import machine_failure
-from accel_gpt2.recipe import TrainRecipe
-from accel_gpt2.train.loss import chunked_cross_entropy, chunked_log_likelihoods
+from accel_gpt2.recipe import Objective, TrainRecipe
+from accel_gpt2.train.causal import LanguageModel
+from accel_gpt2.train.classifier import DocumentClassifier
+from accel_gpt2.train.hybrid import HybridLanguageModels
 from accel_gpt2.train.manifest import verify
-from accel_gpt2.train.weights import weights_are_cached, weights_location
+from accel_gpt2.train.masked import MaskedLanguageModel, PllEstimator
+from accel_gpt2.train.objective import TrainedModel, TransformersModel
 
 # What transformers' decoder families call their dropout rates.
 _DROPOUT_FIELDS = (
@@ -25,154 +31,198 @@ _DROPOUT_FIELDS = (
     "attn_pdrop",
     "attention_dropout",
     "hidden_dropout",
+    "attention_probs_dropout_prob",
+    "hidden_dropout_prob",
+    "classifier_dropout",
 )
 
 # GPT-2's four projections are Conv1D, weight [in, out]; peft by default adapts only c_attn.
 _GPT2_PROJECTIONS = ("c_attn", "c_proj", "c_fc")
 
 
-class LanguageModel(nn.Module):
-    """A causal LM of transformers whose forward pass returns the summed loss, never the logits.
+# RoBERTa and its kin count positions from behind their padding token's id.
+_POSITIONS_AFTER_PADDING = ("roberta", "camembert", "mpnet")
 
-    What is wrapped for training (DDP, autocast) is this module, so that the head's matrix product
-    happens inside the wrapped forward pass.
-    """
-
-    def __init__(self, model: nn.Module, loss_chunk_tokens: int) -> None:
-        super().__init__()
-        self.model = model
-        self.loss_chunk_tokens = loss_chunk_tokens
-
-    @property
-    def transformers_model(self) -> Any:
-        """The PreTrainedModel, inside its adapter wrapper if there is one."""
-        return self.model.get_base_model() if self._is_adapter else self.model  # type: ignore[operator]
-
-    @property
-    def _is_adapter(self) -> bool:
-        return hasattr(self.model, "get_base_model")
-
-    def forward(self, input_ids: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-        """Sum of the valid targets' negative log-likelihood in nats, fp32 scalar.
-
-        Args:
-            input_ids, targets: int64 [documents, longest]; `valid`: bool, same shape.
-        """
-        hidden, head = self._hidden(input_ids, valid)
-        return chunked_cross_entropy(
-            hidden, head.weight, head.bias, targets[valid], self.loss_chunk_tokens
-        )
-
-    @torch.no_grad()
-    def document_log_likelihoods(self, input_ids: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-        """log p(document) of each row in nats, float64 [documents]; arguments as in `forward`."""
-        hidden, head = self._hidden(input_ids, valid)
-        per_token = chunked_log_likelihoods(
-            hidden, head.weight, head.bias, targets[valid], self.loss_chunk_tokens
-        )
-        rows = valid.nonzero()[:, 0]
-        totals = torch.zeros(len(input_ids), dtype=torch.float64, device=per_token.device)
-        return totals.index_add_(0, rows, per_token.double())
-
-    def _hidden(self, input_ids: Tensor, valid: Tensor) -> tuple[Tensor, nn.Linear]:
-        base = self.transformers_model
-        # No attention mask: with right padding causal attention alone is exact, and the kernels
-        # for is_causal are the fast ones.
-        hidden = base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return hidden[valid], base.get_output_embeddings()
-
-    def trainable_state(self) -> dict[str, Tensor]:
-        """The trained parameters by name, each tied pair once: what a checkpoint holds."""
-        return {
-            name: parameter.detach()
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad
-        }
-
-    def save_pretrained(self, directory: Path) -> None:
-        """Write the model, or its adapter, as transformers or peft loads it."""
-        config = self.transformers_model.config
-        config.use_cache = True  # for whoever generates text with it
-        # peft would ask the hub whether the embedding has grown; ours never does.
-        options = {"save_embedding_layers": False} if self._is_adapter else {}
-        with quiet_transformers():
-            self.model.save_pretrained(directory, **options)  # type: ignore[operator]
-        config.use_cache = False
-
-    def load_trainable_state(self, state: dict[str, Tensor], source: Path) -> None:
-        """Copy the tensors of a checkpoint in place.
-
-        Args:
-            source: the checkpoint, for the message.
-
-        Raises:
-            UserError: when names or shapes are not this model's.
-        """
-        own = self.trainable_state()
-        for name in sorted(own.keys() | state.keys()):
-            if name not in own or name not in state or own[name].shape != state[name].shape:
-                raise UserError(
-                    f"{source} is not of this model: {name} is {_shape(state.get(name))} there and "
-                    f"{_shape(own.get(name))} here. Give --resume with the path of another one, or "
-                    "--resume never to start anew (what is there is kept beside)."
-                )
-            own[name].copy_(state[name])
+_AUTO_CLASSES: dict[Objective, str] = {
+    "generative": "AutoModelForCausalLM",
+    "hybrid": "AutoModelForCausalLM",
+    "unconditional": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
+    "classification": "AutoModelForSequenceClassification",
+}
 
 
-def _shape(tensor: Tensor | None) -> str:
-    return "missing" if tensor is None else str(tuple(tensor.shape))
-
-
-def build_model(recipe: TrainRecipe, *, vocab_size: int, eos_token_id: int) -> LanguageModel:
+def build_model(
+    recipe: TrainRecipe,
+    *,
+    vocab_size: int,
+    eos_token_id: int,
+    mask_token_id: int | None = None,
+    pad_token_id: int | None = None,
+    class_names: Sequence[str] = (),
+    log_prior: NDArray[np.float64] | None = None,
+    mean_tokens: float = 1.0,
+) -> TrainedModel:
     """The recipe's model on the CPU in fp32, from weights or from the seed, adapter included.
 
     Args:
-        vocab_size, eos_token_id: of the tokenizer that made the documents.
+        vocab_size, eos_token_id, mask_token_id, pad_token_id: of the tokenizer that made the
+            documents.
+        class_names: for a classification head, and as many models as a hybrid trains.
+        log_prior, mean_tokens: for a hybrid, see `HybridLanguageModels`.
 
     Raises:
-        UserError: when the weights cannot be had or do not go with the tokenizer, or the
-            architecture computes its logits in a way that our loss does not reproduce.
+        UserError: when the weights cannot be had or do not go with the tokenizer or the objective,
+            or the architecture computes its logits in a way that our loss does not reproduce.
     """
+    tokens = _Tokens(
+        vocab_size=vocab_size,
+        eos_token_id=eos_token_id,
+        mask_token_id=mask_token_id,
+        pad_token_id=pad_token_id,
+    )
+    if recipe.objective == "hybrid":
+        assert log_prior is not None, "a hybrid weighs its classes"
+        models = [_language_model(recipe, tokens) for _ in class_names]
+        return HybridLanguageModels(
+            models,
+            discriminative_weight=recipe.discriminative_weight,
+            log_prior=log_prior,
+            mean_tokens=mean_tokens,
+        )
+    if recipe.objective == "masked_lm":
+        return _wrap(_transformers_model(recipe, tokens), recipe, tokens)
+    if recipe.objective == "classification":
+        return _wrap(_transformers_model(recipe, tokens, class_names), recipe, tokens)
+    return _language_model(recipe, tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tokens:
+    """What a model has to know of its tokenizer."""
+
+    vocab_size: int
+    eos_token_id: int
+    mask_token_id: int | None
+    pad_token_id: int | None
+
+
+def _language_model(recipe: TrainRecipe, tokens: _Tokens) -> LanguageModel:
+    wrapped = _wrap(_transformers_model(recipe, tokens), recipe, tokens)
+    assert isinstance(wrapped, LanguageModel), recipe.objective
+    _check_logits(wrapped, tokens.vocab_size)
+    return wrapped
+
+
+def _transformers_model(
+    recipe: TrainRecipe, tokens: _Tokens, class_names: Sequence[str] = ()
+) -> Any:
     model = (
-        _pretrained(recipe)
+        _pretrained(recipe, tokens, class_names)
         if recipe.init == "pretrained"
-        else _from_scratch(recipe, vocab_size=vocab_size, eos_token_id=eos_token_id)
+        else _from_scratch(recipe, tokens, class_names)
     )
     rows = model.get_input_embeddings().weight.shape[0]
-    if rows < vocab_size:
+    if rows < tokens.vocab_size:
         raise UserError(
-            f"The tokenizer has {vocab_size} tokens and {recipe.model} embeds {rows}: they do not "
-            "belong together; give --set tokenizer=auto."
+            f"The tokenizer has {tokens.vocab_size} tokens and {recipe.model} embeds {rows}: they "
+            "do not belong together; give --set tokenizer=auto."
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and recipe.max_length - 1 > positions:
-        raise UsageError(
-            f"max_length = {recipe.max_length}: {recipe.model} has {positions} positions; give "
-            f"--max-length {positions} or less."
-        )
+    _check_positions(model.config, recipe)
     if recipe.gradient_checkpointing:
         _checkpoint_activations(model)
     if recipe.finetuning == "lora":
         model = _add_lora(model, recipe)
-    wrapped = LanguageModel(model, recipe.loss_chunk_tokens)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
             f"Nothing would be trained: {recipe.model} has no parameter that takes a gradient; "
             "check --set lora_target_modules."
         )
-    _check_logits(wrapped, vocab_size)
-    return wrapped
+    return model
 
 
-def load_final(directory: Path, recipe: TrainRecipe) -> LanguageModel:
-    """A trained class from its `final/` directory, full or adapter, ready to score.
+def _check_positions(config: Any, recipe: TrainRecipe) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return
+    longest = positions  # a causal model never reads EOS, so a document has one token more
+    if recipe.objective in {"generative", "hybrid", "unconditional"}:
+        longest += 1
+    if any(name in config.model_type for name in _POSITIONS_AFTER_PADDING):
+        longest -= 1 + (config.pad_token_id or 0)
+    if recipe.max_length > longest:
+        raise UsageError(
+            f"max_length = {recipe.max_length}: {recipe.model} has {positions} positions; give "
+            f"--max-length {longest} or less."
+        )
+
+
+def _wrap(
+    model: Any,
+    recipe: TrainRecipe,
+    tokens: _Tokens,
+    *,
+    estimator: PllEstimator | None = None,
+) -> TransformersModel:
+    """The model with the loss and the scores of the recipe's objective."""
+    match recipe.objective:
+        case "masked_lm":
+            return MaskedLanguageModel(
+                model,
+                mask_token_id=_needed(tokens.mask_token_id, "mask", recipe),
+                pad_token_id=_needed(tokens.pad_token_id, "pad", recipe),
+                micro_batch_tokens=recipe.micro_batch_tokens,
+                estimator=estimator
+                # One pass each, and the same tokens for all classes: enough to watch a training.
+                or PllEstimator(
+                    kind="shared", mask_fraction=recipe.mask_fraction, seed=recipe.seed
+                ),
+            )
+        case "classification":
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            # The decoders of transformers call their classification head `score`.
+            is_encoder = not hasattr(base, "score")
+            pad = _needed(tokens.pad_token_id, "pad", recipe) if is_encoder else tokens.eos_token_id
+            return DocumentClassifier(model, pad_token_id=pad, is_encoder=is_encoder)
+        case _:
+            return LanguageModel(model, recipe.loss_chunk_tokens)
+
+
+def _needed(token_id: int | None, name: str, recipe: TrainRecipe) -> int:
+    if token_id is None:
+        raise UserError(
+            f"objective = {recipe.objective!r} with {recipe.model} needs a tokenizer with a {name} "
+            f"token, and this one has none; give --set tokenizer=DIRECTORY, or --model "
+            "roberta-tiny."
+        )
+    return token_id
+
+
+def load_final(
+    directory: Path,
+    recipe: TrainRecipe,
+    *,
+    class_names: Sequence[str] = (),
+    pll: PllEstimator | None = None,
+) -> TransformersModel:
+    """A trained model from its `final/` directory, full or adapter, ready to score.
+
+    Args:
+        class_names: of a classification head.
+        pll: how a masked LM scores; None for the full pseudo-log-likelihood.
 
     Raises:
         UserError: when a file of it is missing or has changed, or the base cannot be had.
     """
-    from transformers import AutoModelForCausalLM
-
     verify(directory)
+    tokenizer = load_saved_tokenizer(directory)
+    tokens = _Tokens(
+        vocab_size=tokenizer.vocab_size,
+        eos_token_id=tokenizer.eos_token_id,
+        mask_token_id=tokenizer.mask_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    auto_class = _auto_class(recipe)
     with _readable(f"model in {directory}"):
         if (directory / "adapter_config.json").is_file():
             from peft import PeftModel
@@ -180,19 +230,22 @@ def load_final(directory: Path, recipe: TrainRecipe) -> LanguageModel:
             if not (directory / "adapter_model.safetensors").is_file():
                 raise UserError(f"{directory} holds no adapter_model.safetensors.")
             location = weights_location(recipe.model)
-            base = AutoModelForCausalLM.from_pretrained(
+            config = _read_config(location)
+            _fuse_gelu(config, recipe)
+            _set_tokens(config, tokens, recipe, class_names)
+            base = auto_class.from_pretrained(
                 location,
+                config=config,
                 **_LOADING,
                 dtype=torch.float32,
                 local_files_only=weights_are_cached(location),
             )
-            _fuse_gelu(base.config, recipe)
             model: Any = PeftModel.from_pretrained(base, directory)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
+            model = auto_class.from_pretrained(
                 directory, **_LOADING, dtype=torch.float32, local_files_only=True
             )
-    return LanguageModel(model, recipe.loss_chunk_tokens).eval()
+    return _wrap(model, recipe, tokens, estimator=pll or PllEstimator()).eval()
 
 
 def load_final_tokenizer(directory: Path) -> TextTokenizer:
@@ -211,20 +264,40 @@ _LOADING: dict[str, Any] = {
 }
 
 
-def _pretrained(recipe: TrainRecipe) -> Any:
-    from transformers import AutoModelForCausalLM
+def _auto_class(recipe: TrainRecipe) -> Any:
+    import transformers
 
+    return getattr(transformers, _AUTO_CLASSES[recipe.objective])
+
+
+def _pretrained(recipe: TrainRecipe, tokens: _Tokens, class_names: Sequence[str]) -> Any:
     location = weights_location(recipe.model)
     with _readable(f"weights of {recipe.model}"):
         config = _read_config(location)
         _apply_recipe(config, recipe)
-        return AutoModelForCausalLM.from_pretrained(
+        _set_tokens(config, tokens, recipe, class_names)
+        torch.manual_seed(recipe.seed)  # a classification head is new
+        return _auto_class(recipe).from_pretrained(
             location,
             config=config,
             **_LOADING,
             dtype=torch.float32,
             local_files_only=weights_are_cached(location),
         )
+
+
+def _set_tokens(
+    config: Any, tokens: _Tokens, recipe: TrainRecipe, class_names: Sequence[str]
+) -> None:
+    """What a classification head reads from the configuration."""
+    if recipe.objective != "classification":
+        return
+    config.id2label = dict(enumerate(class_names))
+    config.label2id = {name: index for index, name in enumerate(class_names)}
+    config.problem_type = "single_label_classification"
+    if getattr(config, "pad_token_id", None) is None:
+        # The last token that is not EOS, and so not padding, is where a decoder is read.
+        config.pad_token_id = tokens.eos_token_id
 
 
 def _read_config(location: str) -> Any:
@@ -252,30 +325,40 @@ def _readable(what: str) -> Iterator[None]:
         ) from error
 
 
-def _from_scratch(recipe: TrainRecipe, *, vocab_size: int, eos_token_id: int) -> Any:
-    from transformers import AutoModelForCausalLM, GPT2Config
-
-    row = MODELS.get(recipe.model)
-    if row is not None:
-        config: Any = GPT2Config(
-            n_layer=row.n_layer,
-            n_head=row.n_head,
-            n_embd=row.n_embd,
-            n_positions=row.n_positions,
-        )
-    else:
-        with _readable(f"configuration of {recipe.model}"):
-            config = _read_config(weights_location(recipe.model))
-    config.vocab_size = vocab_size
-    config.bos_token_id = config.eos_token_id = eos_token_id
-    config.pad_token_id = None
+def _from_scratch(recipe: TrainRecipe, tokens: _Tokens, class_names: Sequence[str]) -> Any:
+    with _readable(f"configuration of {recipe.model}"):
+        config = _fresh_config(recipe, tokens)
+    config.vocab_size = tokens.vocab_size
+    config.bos_token_id = config.eos_token_id = tokens.eos_token_id
+    config.pad_token_id = tokens.pad_token_id
     _apply_recipe(config, recipe)
+    _set_tokens(config, tokens, recipe, class_names)
     # Every class starts from the same weights: what differs afterwards is what its text taught.
     torch.manual_seed(recipe.seed)
     with _readable(f"configuration of {recipe.model}"):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=False
+        return _auto_class(recipe).from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+
+def _fresh_config(recipe: TrainRecipe, tokens: _Tokens) -> Any:
+    from transformers import GPT2Config, RobertaConfig
+
+    row = MODELS.get(recipe.model)
+    if row is None:
+        return _read_config(weights_location(recipe.model))
+    if row.model_type == "gpt2":
+        return GPT2Config(
+            n_layer=row.n_layer, n_head=row.n_head, n_embd=row.n_embd, n_positions=row.n_positions
         )
+    return RobertaConfig(
+        num_hidden_layers=row.n_layer,
+        num_attention_heads=row.n_head,
+        hidden_size=row.n_embd,
+        intermediate_size=4 * row.n_embd,
+        # It counts from behind the id of the padding token.
+        max_position_embeddings=row.n_positions + 1 + (tokens.pad_token_id or 0),
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+    )
 
 
 def _apply_recipe(config: Any, recipe: TrainRecipe) -> None:
@@ -302,6 +385,14 @@ def _checkpoint_activations(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
+# A classification head is trained whole beside the adapter; peft has no task for masked LMs.
+_LORA_TASKS: dict[Objective, str] = {
+    "generative": "CAUSAL_LM",
+    "unconditional": "CAUSAL_LM",
+    "classification": "SEQ_CLS",
+}
+
+
 def _add_lora(model: Any, recipe: TrainRecipe) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
@@ -315,7 +406,7 @@ def _add_lora(model: Any, recipe: TrainRecipe) -> Any:
         return get_peft_model(
             model,
             LoraConfig(
-                task_type="CAUSAL_LM",
+                task_type=_LORA_TASKS.get(recipe.objective),
                 r=recipe.lora_rank,
                 lora_alpha=recipe.lora_alpha,
                 lora_dropout=recipe.lora_dropout,
@@ -329,7 +420,7 @@ def _add_lora(model: Any, recipe: TrainRecipe) -> Any:
 
 @torch.no_grad()
 def _check_logits(model: LanguageModel, vocab_size: int) -> None:
-    """Our loss takes the head's product for the logits; refuse a model that does more to them."""
+    """Our loss takes the head's product of causal states for the logits: refuse what does not."""
     base = model.transformers_model
     was_training = base.training
     base.eval()
@@ -337,11 +428,19 @@ def _check_logits(model: LanguageModel, vocab_size: int) -> None:
     valid = torch.ones_like(input_ids, dtype=torch.bool)
     log_probabilities = base(input_ids=input_ids, use_cache=False).logits.float().log_softmax(-1)
     expected = log_probabilities.gather(2, input_ids[:, :, None]).flatten()
-    hidden, head = model._hidden(input_ids, valid)
-    ours = chunked_log_likelihoods(hidden, head.weight, head.bias, input_ids[valid], len(hidden))
+    ours = model.token_log_likelihoods(input_ids, input_ids, valid)
+    changed = input_ids.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % vocab_size
+    before_change = model.token_log_likelihoods(changed, input_ids, valid)[:-1]
     base.train(was_training)
     if not torch.allclose(ours, expected, rtol=1e-4, atol=1e-3):
         raise UserError(
             f"{type(base).__name__} changes its logits after the output head (scaling or capping), "
             "which the chunked loss does not reproduce; choose another architecture."
+        )
+    if not torch.allclose(ours[:-1], before_change, rtol=1e-4, atol=1e-3):
+        raise UserError(
+            f"{type(base).__name__} sees the tokens to the right of the one that it predicts, so "
+            "it gives no likelihood from left to right; give --set objective=masked_lm or "
+            "objective=classification, or a causal model."
         )

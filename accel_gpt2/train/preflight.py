@@ -6,9 +6,9 @@ from pathlib import Path
 from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.data.hub import HubAnswer, ask_hub, is_hub_id, why_unreachable
 from accel_gpt2.data.sources import check_data_available
+from accel_gpt2.data.weights import weights_are_cached, weights_location
 from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import TrainRecipe
-from accel_gpt2.train.weights import weights_are_cached, weights_location
 
 
 def check_available(recipe: TrainRecipe) -> None:

@@ -1,4 +1,4 @@
-"""log p(document | class): every document exactly once, on one process or several."""
+"""A model's scores: every document exactly once, on one process or several."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,40 +7,39 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from accel_gpt2.data.batching import Documents, TokenBatch, collate, scoring_batches
-from accel_gpt2.train.model import LanguageModel
-
-
-def to_device(batch: TokenBatch, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """(input_ids, targets, valid) on the device, copied without waiting where the device allows."""
-    tensors = [torch.from_numpy(x) for x in (batch.input_ids, batch.targets, batch.valid)]
-    if device.type == "cuda":
-        return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
-    return tuple(tensor.to(device) for tensor in tensors)
+from accel_gpt2.data.batching import Documents, scoring_batches
+from accel_gpt2.train.causal import LanguageModel
+from accel_gpt2.train.objective import TrainedModel
 
 
 def score_documents(
-    model: LanguageModel,
+    model: TrainedModel,
     documents: Documents,
     *,
     micro_batch_tokens: int,
     accelerator: Any,
     on_batch: Callable[[int], None] | None = None,
+    token_scores: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float64]:
-    """log p(x) in nats of each document, float64 [num_documents], the same on every rank.
+    """The model's score of each document in nats, the same on every rank.
 
-    The sum runs over every token after BOS, EOS included; log-softmax is fp32 and the sum float64.
-    Documents are read longest first and dealt out to the ranks; the order of the result is the
-    documents' own.
+    float64, [num_documents] where it is log p(x): for a causal LM the sum over every token after
+    BOS, EOS included, with fp32 log-softmax. [num_documents, num_classes] from a model of all
+    classes. Documents are read longest first and dealt out to the ranks; the order of the result is
+    the documents' own.
 
     Args:
         model: unwrapped, on the accelerator's device; its mode (train or eval) is restored.
         accelerator: of accelerate, for the device, the ranks and the mixed precision.
         on_batch: called on all ranks together after each round of batches, with the number of
             documents in it; it may raise.
+        token_scores: filled, if given, by a causal LM with what it sums: one number for each token
+            after BOS, one document's after the other's.
     """
-    scores = np.zeros(len(documents.lengths), dtype=np.float64)
-    batches = scoring_batches(documents.lengths, micro_batch_tokens=micro_batch_tokens)
+    lengths = np.asarray(documents.lengths, dtype=np.int64)
+    scores = np.zeros((len(lengths), *model.score_shape), dtype=np.float64)
+    ends = np.cumsum(lengths - 1)
+    batches = scoring_batches(lengths, micro_batch_tokens=micro_batch_tokens)
     was_training = model.training
     model.eval()
     try:
@@ -48,19 +47,31 @@ def score_documents(
             one_round = batches[start : start + accelerator.num_processes]
             if accelerator.process_index < len(one_round):
                 indices = one_round[accelerator.process_index]
-                batch = collate([documents.document(int(i)) for i in indices])
+                batch = [documents.document(int(i)) for i in indices]
                 with accelerator.autocast():
-                    likelihoods = model.document_log_likelihoods(
-                        *to_device(batch, accelerator.device)
-                    )
-                scores[indices] = likelihoods.cpu().numpy()
+                    if token_scores is None or not isinstance(model, LanguageModel):
+                        found = model.score(batch, accelerator.device)
+                    else:
+                        found, per_token = model.score_tokens(batch, accelerator.device)
+                        pieces = np.split(
+                            per_token.cpu().numpy(), np.cumsum(lengths[indices] - 1)[:-1]
+                        )
+                        for i, piece in zip(indices, pieces, strict=True):
+                            token_scores[ends[i] - len(piece) : ends[i]] = piece
+                scores[indices] = found.cpu().numpy()
             if on_batch is not None:
                 on_batch(sum(len(indices) for indices in one_round))
     finally:
         model.train(was_training)
     if accelerator.num_processes > 1:
-        # Each document is zero on all ranks but one, so a sum puts every score in its place.
-        shared = torch.from_numpy(scores).to(accelerator.device)
-        torch.distributed.all_reduce(shared)
-        scores = shared.cpu().numpy()
+        _share(scores, accelerator)
+        if token_scores is not None:
+            _share(token_scores, accelerator)
     return scores
+
+
+def _share(values: NDArray[Any], accelerator: Any) -> None:
+    """Put every rank's values in place: each is zero on all ranks but one, so a sum does it."""
+    shared = torch.from_numpy(values).to(accelerator.device)
+    torch.distributed.all_reduce(shared)
+    values[...] = shared.cpu().numpy()

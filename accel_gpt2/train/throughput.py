@@ -10,13 +10,16 @@ from numpy.typing import NDArray
 from accel_gpt2.catalog.gpus import GpuSpec
 from accel_gpt2.plan.flops import train_flops_per_token
 from accel_gpt2.recipe import TrainRecipe
-from accel_gpt2.train.model import LanguageModel
+from accel_gpt2.train.causal import LanguageModel
+from accel_gpt2.train.objective import TrainedModel
 
 
 def flops_per_token(
-    model: LanguageModel, lengths: NDArray[Any], recipe: TrainRecipe
+    model: TrainedModel, lengths: NDArray[Any], recipe: TrainRecipe
 ) -> float | None:
-    """What MFU is measured against; None where the architecture's arithmetic is not known."""
+    """What MFU is measured against; None where the model's arithmetic is not known."""
+    if not isinstance(model, LanguageModel):
+        return None
     config = model.transformers_model.config
     sizes = [getattr(config, key, None) for key in ("n_layer", "n_embd", "vocab_size")]
     if config.model_type != "gpt2" or None in sizes:

@@ -40,7 +40,7 @@ from accel_gpt2.classify.fit import fit
 from accel_gpt2.cli.errors import outcome
 from accel_gpt2.data.tokenizer import TextTokenizer
 from accel_gpt2.recipe import read_layer, resolve
-from accel_gpt2.train.model import LanguageModel
+from accel_gpt2.train.causal import LanguageModel
 from accel_gpt2.train.stopping import StopRequest
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -13,9 +13,9 @@ from accel_gpt2.classify.fit import fit
 from accel_gpt2.classify.prepare import prepare_data
 from accel_gpt2.classify.run import read_spent_seconds
 from accel_gpt2.errors import DoesNotFitError, ExitCode, StoppedEarly, UserError
+from accel_gpt2.train.causal import LanguageModel
 from accel_gpt2.train.checkpoint import list_checkpoints
 from accel_gpt2.train.manifest import verify
-from accel_gpt2.train.model import LanguageModel
 
 from .conftest import read_log, resolve_tiny
 

@@ -17,6 +17,7 @@ from accel_gpt2.classify import fit as fit_module
 from accel_gpt2.classify.fit import fit
 from accel_gpt2.classify.run import open_run
 from accel_gpt2.errors import StoppedEarly, UsageError, UserError
+from accel_gpt2.train.causal import LanguageModel
 from accel_gpt2.train.checkpoint import (
     list_checkpoints,
     read_checkpoint,
@@ -25,7 +26,6 @@ from accel_gpt2.train.checkpoint import (
     save_checkpoint,
 )
 from accel_gpt2.train.manifest import verify
-from accel_gpt2.train.model import LanguageModel
 
 from .conftest import read_log, resolve_tiny
 from .runs import assert_same_models, stop_at_question, train_and_stop, unfinished_copy
@@ -127,7 +127,7 @@ def test_a_damaged_best_checkpoint_is_chosen_anew(
 def _call_best(directory: Path, newest: Path, step: int) -> None:
     """Have the newest checkpoint say that the best evaluation was that of an earlier step."""
     whole = read_checkpoint(newest)
-    whole.state.best_step, whole.state.best_bits_per_token = step, 0.1
+    whole.state.best_step, whole.state.best_loss_bits = step, 0.1
     save_checkpoint(
         directory, **{x.name: getattr(whole, x.name) for x in dataclasses.fields(whole)}
     )

@@ -23,7 +23,8 @@ from accel_gpt2.classify.fit import fit
 from accel_gpt2.data.tokenized import TokenizedDocuments
 from accel_gpt2.errors import StoppedEarly, UserError
 from accel_gpt2.recipe import ResolvedRecipe, read_layer, resolve
-from accel_gpt2.train.model import LanguageModel, load_final
+from accel_gpt2.train.causal import LanguageModel
+from accel_gpt2.train.model import load_final
 from accel_gpt2.train.processes import build_accelerator
 from accel_gpt2.train.scoring import score_documents
 from accel_gpt2.train.stopping import StopRequest

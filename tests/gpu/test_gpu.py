@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from accel_gpt2.classify.fit import fit
 from accel_gpt2.errors import StoppedEarly, UserError
 from accel_gpt2.recipe import Layer, resolve
+from accel_gpt2.train.causal import LanguageModel
 from accel_gpt2.train.checkpoint import (
     Identity,
     TrainState,
@@ -21,7 +22,7 @@ from accel_gpt2.train.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from accel_gpt2.train.model import LanguageModel, build_model
+from accel_gpt2.train.model import build_model
 from accel_gpt2.train.optim import build_optimizer
 from accel_gpt2.train.processes import build_accelerator
 from accel_gpt2.train.scoring import score_documents

@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerFast  # noqa: F401
 
 import accel_gpt2.classify.evaluate
 import accel_gpt2.classify.fit
+import accel_gpt2.classify.scores
 import accel_gpt2.train.loop
 from accel_gpt2.classify.lock import hold
 from accel_gpt2.cli.train import launched_main
@@ -59,10 +60,10 @@ class Death:
 
 PLACES: dict[str, tuple[Any, str]] = {
     "loading": (accel_gpt2.classify.fit, "prepare_data"),
-    "step": (accel_gpt2.train.loop, "collate"),
+    "step": (accel_gpt2.train.loop, "split_micro_batches"),
     "evaluation": (accel_gpt2.train.loop, "score_documents"),
     "saving": (accel_gpt2.train.loop, "save_checkpoint"),
-    "scoring": (accel_gpt2.classify.evaluate, "score_documents"),
+    "scoring": (accel_gpt2.classify.scores, "score_documents"),
 }
 
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from accel_gpt2.data.batching import collate
+from accel_gpt2.train.causal import LanguageModel
 from accel_gpt2.train.loss import chunked_cross_entropy, chunked_log_likelihoods
-from accel_gpt2.train.model import LanguageModel
 
 
 def _problem(num_tokens: int, n_embd: int, vocab_size: int) -> tuple[torch.Tensor, ...]:

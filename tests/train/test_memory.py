@@ -10,8 +10,9 @@ import torch
 
 from accel_gpt2.errors import DoesNotFitError
 from accel_gpt2.recipe import TrainRecipe
+from accel_gpt2.train.causal import LanguageModel
 from accel_gpt2.train.memory import fitting_micro_batch_tokens
-from accel_gpt2.train.model import LanguageModel, build_model
+from accel_gpt2.train.model import build_model
 from accel_gpt2.train.processes import build_accelerator
 
 RECIPE = TrainRecipe(model="gpt2-tiny", init="scratch", max_length=512)

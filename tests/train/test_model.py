@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from accel_gpt2.data.batching import collate
+from accel_gpt2.data.weights import weights_location
 from accel_gpt2.errors import UsageError, UserError
 from accel_gpt2.recipe import TrainRecipe
-from accel_gpt2.train.model import LanguageModel, build_model
+from accel_gpt2.train.causal import LanguageModel
+from accel_gpt2.train.model import build_model
 from accel_gpt2.train.optim import build_optimizer, learning_rate_at
 from accel_gpt2.train.processes import build_accelerator
 from accel_gpt2.train.scoring import score_documents
-from accel_gpt2.train.weights import weights_location
 
 VOCAB_SIZE = 97
 

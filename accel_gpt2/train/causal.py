@@ -1,0 +1,105 @@
+"""A causal language model: log p(document) from left to right."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from accel_gpt2.data.batching import Indices, TokenBatch, collate
+from accel_gpt2.data.tokenized import TokenizedDocuments
+from accel_gpt2.train.loss import chunked_cross_entropy, chunked_log_likelihoods
+from accel_gpt2.train.objective import Batch, TransformersModel, Validation, to_device
+
+
+class LanguageModel(TransformersModel):
+    """A causal LM of transformers whose forward pass returns the summed loss, never the logits."""
+
+    def __init__(self, model: nn.Module, loss_chunk_tokens: int) -> None:
+        super().__init__(model)
+        self.loss_chunk_tokens = loss_chunk_tokens
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Sum of the valid targets' negative log-likelihood in nats, fp32 scalar.
+
+        Args:
+            tensors: input_ids and targets, int64 [documents, longest]; valid, bool, same shape.
+        """
+        input_ids, targets, valid = tensors
+        hidden, head = self.hidden_states(input_ids, valid)
+        return chunked_cross_entropy(
+            hidden, head.weight, head.bias, targets[valid], self.loss_chunk_tokens
+        )
+
+    def hidden_states(self, input_ids: Tensor, valid: Tensor) -> tuple[Tensor, nn.Linear]:
+        """What the head is applied to, [valid targets, n_embd], and the head."""
+        base = self.transformers_model
+        # No attention mask: with right padding causal attention alone is exact, and the kernels
+        # for is_causal are the fast ones.
+        hidden = base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return hidden[valid], base.get_output_embeddings()
+
+    @torch.no_grad()
+    def token_log_likelihoods(self, input_ids: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+        """log p of each valid target in nats, fp32, one document's after the other's."""
+        hidden, head = self.hidden_states(input_ids, valid)
+        return chunked_log_likelihoods(
+            hidden, head.weight, head.bias, targets[valid], self.loss_chunk_tokens
+        )
+
+    @torch.no_grad()
+    def document_log_likelihoods(self, input_ids: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+        """log p(document) of each row in nats, float64 [documents]; arguments as in `forward`."""
+        return sum_by_document(self.token_log_likelihoods(input_ids, targets, valid), valid)
+
+    def num_targets(self, lengths: NDArray[Any]) -> Indices:
+        return np.asarray(lengths, dtype=np.int64) - 1
+
+    def collate(
+        self, documents: Sequence[NDArray[Any]], labels: NDArray[np.int64], *, epoch: int
+    ) -> Batch:
+        return arrays(collate(documents))
+
+    def score(self, documents: Sequence[NDArray[Any]], device: torch.device) -> Tensor:
+        return self.document_log_likelihoods(*to_device(arrays(collate(documents)), device))
+
+    @torch.no_grad()
+    def score_tokens(
+        self, documents: Sequence[NDArray[Any]], device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """What `score` gives, and the fp32 log-likelihoods that it sums, document by document."""
+        tensors = to_device(arrays(collate(documents)), device)
+        per_token = self.token_log_likelihoods(*tensors)
+        return sum_by_document(per_token, tensors[2]), per_token
+
+    def validation(
+        self, scores: NDArray[np.float64], documents: TokenizedDocuments, own: Indices
+    ) -> Validation:
+        return language_validation(scores[own], documents.select(own))
+
+
+def language_validation(scores: NDArray[np.float64], documents: TokenizedDocuments) -> Validation:
+    """Bits per token and per byte of the documents that a language model was trained for."""
+    bits = -float(scores.sum()) / math.log(2)
+    bits_per_token = bits / int((documents.lengths - 1).sum())
+    return Validation(
+        loss_bits=bits_per_token,
+        values={
+            "validation_bits_per_token": bits_per_token,
+            "validation_bits_per_byte": bits / max(1, int(documents.num_bytes.sum())),
+        },
+    )
+
+
+def sum_by_document(per_token: Tensor, valid: Tensor) -> Tensor:
+    """Sums of the valid targets' values, float64 [documents]."""
+    totals = torch.zeros(len(valid), dtype=torch.float64, device=per_token.device)
+    return totals.index_add_(0, valid.nonzero()[:, 0], per_token.double())
+
+
+def arrays(batch: TokenBatch) -> Batch:
+    """In the order in which `LanguageModel.forward` takes them."""
+    return batch.input_ids, batch.targets, batch.valid
