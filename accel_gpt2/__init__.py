@@ -2,6 +2,12 @@
 
 import os
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accel_gpt2.estimator import GenerativeClassifier
+
+__all__ = ["GenerativeClassifier", "__version__"]
 
 try:
     __version__ = version("accel-gpt2")
@@ -18,3 +24,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # of C++ frames, before anybody can say why. Read when torch is loaded; errors are still shown.
 if os.environ.get("WORLD_SIZE", "1") != "1":
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "GenerativeClassifier":  # on demand, because scikit-learn takes a second to load
+        from accel_gpt2.estimator import GenerativeClassifier
+
+        return GenerativeClassifier
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
