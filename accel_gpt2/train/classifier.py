@@ -21,8 +21,8 @@ _NO_LABEL = -100  # torch's own mark of a target that does not count
 class DocumentClassifier(TransformersModel):
     """An `AutoModelForSequenceClassification`, decoder or encoder.
 
-    The logits are the library's own: a decoder is read at the last token before EOS (which is its
-    padding too), an encoder at BOS. So what is exported classifies alike in plain transformers.
+    The logits are the library's own: a decoder is read at the last token that is not padding (and
+    so not EOS, where that is the padding, as with GPT-2), an encoder at BOS. So what is exported classifies alike in plain transformers.
     """
 
     loss_unit: ClassVar[str] = "bits/document"
