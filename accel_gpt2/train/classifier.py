@@ -22,7 +22,8 @@ class DocumentClassifier(TransformersModel):
     """An `AutoModelForSequenceClassification`, decoder or encoder.
 
     The logits are the library's own: a decoder is read at the last token that is not padding (and
-    so not EOS, where that is the padding, as with GPT-2), an encoder at BOS. So what is exported classifies alike in plain transformers.
+    so not EOS, where that is the padding, as with GPT-2), an encoder at BOS. So what is exported
+    classifies alike in plain transformers.
     """
 
     loss_unit: ClassVar[str] = "bits/document"

@@ -38,7 +38,8 @@ def main(folder: Path) -> None:
     full = resolve([read_layer(folder / "full.yaml")])
     lora = resolve([read_layer(folder / "lora.yaml")])
     seen: dict[str, object] = {}
-    for name, recipe in (("full", full), ("lora", lora)):
+    for path in sorted(folder.glob("*.yaml")):
+        name, recipe = path.stem, resolve([read_layer(path)])
         fit(recipe, folder / f"two-{name}", quiet=True)
         evaluate_run(folder / f"two-{name}", quiet=True)
     seen["scores"] = fewer_documents_than_processes(full, folder / "two-full").tolist()
