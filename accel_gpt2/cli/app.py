@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 import accel_gpt2
+from accel_gpt2.cli.compare import compare
 from accel_gpt2.cli.demo import demo
 from accel_gpt2.cli.doctor import doctor
 from accel_gpt2.cli.errors import plain_app, run
@@ -42,6 +43,7 @@ app.command()(train_command(start_training))
 app.command()(evaluate)
 app.command()(predict)
 app.command()(report)
+app.command()(compare)
 app.command()(doctor)
 
 

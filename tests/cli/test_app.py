@@ -16,7 +16,7 @@ from accel_gpt2.cli.doctor import examine
 from tests.cli.conftest import CommandLine
 
 REPOSITORY = Path(__file__).parents[2]
-VERBS = ("demo", "profiles", "train", "evaluate", "predict", "report", "doctor")
+VERBS = ("demo", "profiles", "train", "evaluate", "predict", "report", "compare", "doctor")
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "numpy", "sklearn", "matplotlib")
 
 LOADED = f"""
