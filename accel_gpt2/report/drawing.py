@@ -67,12 +67,12 @@ DARK = Theme(
     series=(
         "#56b4e9",
         "#ff8c42",
-        "#157575",
-        "#9124ff",
-        "#a85400",
-        "#42ffff",
-        "#e500ac",
-        "#e5e500",
+        "#3c8b77",
+        "#c824ff",
+        "#deffbd",
+        "#5bff24",
+        "#ff0544",
+        "#f5c7de",
     ),
 )
 
@@ -102,6 +102,7 @@ def style(theme: Theme) -> Iterator[None]:
         "xtick.labelcolor": theme.ink,
         "ytick.labelcolor": theme.ink,
         "legend.frameon": False,
+        "text.parse_math": False,  # a `$` in a class name is a `$`
     }
     with matplotlib.style.context(["default", settings]):
         yield
@@ -109,9 +110,11 @@ def style(theme: Theme) -> Iterator[None]:
 
 def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
+    # A layout engine has made room for everything; finding that out again would take as long.
+    box = "tight" if figure.get_layout_engine() is None else None
     # Without its version line the file depends on nothing but the drawing.
     figure.savefig(
-        buffer, format="png", metadata={"Software": None}, bbox_inches="tight", pad_inches=0.06
+        buffer, format="png", metadata={"Software": None}, bbox_inches=box, pad_inches=0.06
     )
     return buffer.getvalue()
 
@@ -126,17 +129,14 @@ def class_labels(class_names: Sequence[str], *, longest: int = _LONGEST_LABEL) -
 
 
 def short_label(text: str, *, otherwise: str, longest: int = _LONGEST_LABEL) -> str:
-    """A text on one line, cut to `longest` letters, with `$` not taken for mathematics.
-
-    A text with letters that the font lacks is replaced by `otherwise`.
-    """
+    """A text on one line, cut to `longest` letters; `otherwise` where the font lacks a letter."""
     label = " ".join(text.split())
     known = get_font(findfont("DejaVu Sans")).get_charmap()
     if not label or any(ord(letter) not in known for letter in label):
         label = otherwise
     if len(label) > longest:
         label = label[: longest - 1].rstrip() + "…"
-    return label.replace("$", r"\$")
+    return label
 
 
 def legible_on(color: npt.ArrayLike) -> str:

@@ -42,8 +42,8 @@ class FigureOnPage:
 class Table:
     """The first `num_text_columns` columns hold text; the others hold numbers, set to the right.
 
-    `strong` are the (row, column) pairs of cells to be set in bold; a folded table is opened by
-    its title.
+    `strong` are the (row, column) pairs of cells to be set in bold. A folded table is opened by
+    its title; a compact one has many columns of small print.
     """
 
     title: str
@@ -53,6 +53,7 @@ class Table:
     num_text_columns: int = 1
     strong: frozenset[tuple[int, int]] = frozenset()
     folded: bool = False
+    compact: bool = False
 
 
 def draw_figure(
