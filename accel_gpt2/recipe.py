@@ -38,6 +38,9 @@ Finetuning = Literal["full", "lora"]
 Optimizer = Literal["adamw", "adamw_8bit", "adafactor"]
 Schedule = Literal["cosine", "linear", "constant"]
 Priors = Literal["training", "uniform"]
+# A masked LM's pseudo-log-likelihood. full: every token masked once, alone. shared, independent:
+# estimates by random masks, the same for all classes or each class its own.
+Pll = Literal["full", "shared", "independent"]
 
 # Tokens, steps, documents: more of them than this is a slip, and not every library counts further.
 Count = Annotated[int, Ge(1), Lt(2**31)]

@@ -31,7 +31,7 @@ from accel_gpt2.data.sources import NO_TEST_SPLIT, TextData, load_documents, loa
 from accel_gpt2.data.tokenized import TokenizedDocuments, tokenize_documents
 from accel_gpt2.durable import make_directory, write_json, writing
 from accel_gpt2.errors import UsageError, UserError
-from accel_gpt2.train.masked import Pll
+from accel_gpt2.recipe import Pll
 from accel_gpt2.train.model import load_final_tokenizer
 from accel_gpt2.train.peers import watching_peers
 from accel_gpt2.train.processes import (

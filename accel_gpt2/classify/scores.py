@@ -22,9 +22,10 @@ from accel_gpt2.classify.bayes import predict
 from accel_gpt2.classify.run import Run
 from accel_gpt2.data.tokenized import TokenizedDocuments
 from accel_gpt2.data.tokenizer import EncodedDocument
+from accel_gpt2.recipe import Pll
 from accel_gpt2.train.checkpoint import write_array
 from accel_gpt2.train.manifest import MANIFEST
-from accel_gpt2.train.masked import Pll, PllEstimator
+from accel_gpt2.train.masked import PllEstimator
 from accel_gpt2.train.model import load_final, load_final_tokenizer
 from accel_gpt2.train.objective import TransformersModel
 from accel_gpt2.train.processes import on_first_process

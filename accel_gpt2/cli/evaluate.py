@@ -11,7 +11,7 @@ from accel_gpt2.cli.options import DebugOption, JsonOption, QuietOption, RunArgu
 from accel_gpt2.cli.output import is_main_process, print_json, print_table, say
 from accel_gpt2.cli.run_directory import RECIPE_FILE, require_run
 from accel_gpt2.errors import UsageError
-from accel_gpt2.recipe import read_layer, resolve
+from accel_gpt2.recipe import Pll, read_layer, resolve
 
 
 def evaluate(
@@ -26,6 +26,13 @@ def evaluate(
             help="The split whose documents are scored. [default: the recipe's test split]"
         ),
     ] = None,
+    pll: Annotated[
+        Pll,
+        typer.Option(
+            help="How masked language models score: each token masked alone, or random masks that "
+            "all classes share or draw for themselves."
+        ),
+    ] = "full",
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -35,7 +42,9 @@ def evaluate(
     Writes evaluation/ with scores, metrics and the report into the run directory. Scores that are
     there already are not computed again.
     """
-    metrics, report = evaluate_and_report(run_directory, dataset=dataset, split=split, quiet=quiet)
+    metrics, report = evaluate_and_report(
+        run_directory, dataset=dataset, split=split, pll=pll, quiet=quiet
+    )
     if not is_main_process():
         return
     if json:
@@ -47,9 +56,15 @@ def evaluate(
 
 
 def evaluate_and_report(
-    run_directory: Path, *, dataset: str | None, split: str | None, quiet: bool
+    run_directory: Path,
+    *,
+    dataset: str | None,
+    split: str | None,
+    pll: Pll = "full",
+    quiet: bool,
 ) -> tuple[Mapping[str, Any], Path | None]:
-    """The metrics, and where the report is; other documents than the run's own have none.
+    """The metrics, and where the report is; other documents than the run's own and estimates of
+    likelihoods have none.
 
     Raises:
         UserError: when the path is no run directory, the run has no trained models, or the data is
@@ -63,10 +78,10 @@ def evaluate_and_report(
             )
     from accel_gpt2.classify.evaluate import evaluate_run
 
-    metrics = evaluate_run(run_directory, dataset=dataset, split=split, quiet=quiet)
+    metrics = evaluate_run(run_directory, dataset=dataset, split=split, pll=pll, quiet=quiet)
     recipe = resolve([read_layer(run_directory / RECIPE_FILE)]).recipe
     own = (metrics["dataset"], metrics["split"]) == (recipe.dataset, recipe.test_split)
-    if not (own and is_main_process()):
+    if not (own and pll == "full" and is_main_process()):
         return metrics, None
     from accel_gpt2.report import write_report
 
@@ -86,14 +101,16 @@ def show_metrics(metrics: Mapping[str, Any]) -> None:
             "ECE": "right",
         },
         [
-            _row(
-                f"{metrics.get('model') or 'GPT-2'} per class",
-                {**metrics, **_calibration_metrics(metrics)},
-            ),
+            _row(_name(metrics), {**metrics, **_calibration_metrics(metrics)}),
             _row(str(baseline.get("name") or "TF-IDF + LR"), baseline),
             _row("majority class", {"accuracy": metrics.get("majority_class_accuracy")}),
         ],
     )
+
+
+def _name(metrics: Mapping[str, Any]) -> str:
+    way = "with a head" if metrics.get("objective") == "classification" else "per class"
+    return f"{metrics.get('model') or 'GPT-2'} {way}"
 
 
 def _calibration_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ all of them are asked about the same tokens.
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +19,9 @@ from torch import Tensor, nn
 
 from accel_gpt2.data.batching import Indices
 from accel_gpt2.data.tokenized import TokenizedDocuments
+from accel_gpt2.recipe import Pll
 from accel_gpt2.train.causal import language_validation
 from accel_gpt2.train.objective import Batch, TransformersModel, Validation, to_device
-
-# full: every token masked once, alone. shared: random masks, the same for all classes.
-# independent: random masks, each class its own.
-Pll = Literal["full", "shared", "independent"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,11 +144,7 @@ class MaskedLanguageModel(TransformersModel):
     @torch.no_grad()
     def score(self, documents: Sequence[NDArray[Any]], device: torch.device) -> Tensor:
         totals = torch.zeros(len(documents), dtype=torch.float64, device=device)
-        for rows, masks in self._passes(documents):
-            batch = self._batch([documents[row] for row in rows], masks)
-            input_ids, targets, attention_mask, masked = to_device(batch, device)
-            logits = self._logits(input_ids, attention_mask, masked).float()
-            found = logits.log_softmax(-1).gather(1, targets[masked][:, None]).squeeze(1)
+        for rows, masks, found in self.masked_log_likelihoods(documents, device):
             counts = torch.tensor([len(mask) for mask in masks], device=device)
             weights = torch.tensor(
                 [self._weight(documents[row], mask) for row, mask in zip(rows, masks, strict=True)],
@@ -165,6 +158,18 @@ class MaskedLanguageModel(TransformersModel):
                 found.double() * weights.repeat_interleave(counts),
             )
         return totals
+
+    @torch.no_grad()
+    def masked_log_likelihoods(
+        self, documents: Sequence[NDArray[Any]], device: torch.device
+    ) -> Iterator[tuple[list[int], list[Indices], Tensor]]:
+        """The passes of the estimator: rows of `documents`, what is masked in each of them, and log
+        p of these tokens, fp32, one row's after the other's."""
+        for rows, masks in self._passes(documents):
+            batch = self._batch([documents[row] for row in rows], masks)
+            input_ids, targets, attention_mask, masked = to_device(batch, device)
+            logits = self._logits(input_ids, attention_mask, masked).float()
+            yield rows, masks, logits.log_softmax(-1).gather(1, targets[masked][:, None])[:, 0]
 
     def _weight(self, document: NDArray[Any], mask: Indices) -> float:
         """What one masked token counts: each token once in the sum, or in its estimate."""
