@@ -51,6 +51,9 @@ def _has_likelihoods(estimator: "GenerativeClassifier") -> bool:
 class GenerativeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """One language model per class and Bayes' rule on top, for texts.
 
+    With another `objective` it is what that one trains; with "classification", a discriminative
+    classifier on the same model, to compare with.
+
     It trains as `accel-gpt2 train` does, by the same loop and with the same treatment of documents:
     empty ones, repeated ones and those that stand there with different labels are not trained on,
     with a warning. A tenth of the documents, at least one of each class, is held out to choose the
@@ -60,10 +63,10 @@ class GenerativeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
     ----------
     model : str
         A size of the catalog, a directory, or a hub id. The default learns from random weights.
-    init, finetuning, objective, tokenizer, tokenizer_vocab_size, dropout, max_length, priors, \
-validation_fraction, lora_rank, lora_alpha, epochs, max_steps, global_batch_tokens, \
-global_batch_size, optimizer, learning_rate, lr_schedule, warmup_fraction, weight_decay, \
-mixed_precision
+    init, finetuning, objective, discriminative_weight, tokenizer, tokenizer_vocab_size, dropout, \
+max_length, priors, validation_fraction, lora_rank, lora_alpha, epochs, max_steps, \
+global_batch_tokens, global_batch_size, optimizer, learning_rate, lr_schedule, warmup_fraction, \
+weight_decay, mixed_precision
         Values of the recipe; None leaves what `accel-gpt2 train` takes for this model.
     recipe : mapping or None
         Any further values of the recipe by key, as `--set` takes them.
@@ -96,6 +99,7 @@ mixed_precision
         init: str | None = None,
         finetuning: str | None = None,
         objective: str | None = None,
+        discriminative_weight: float | None = None,
         tokenizer: str | None = None,
         tokenizer_vocab_size: int | None = None,
         dropout: float | None = None,
@@ -123,6 +127,7 @@ mixed_precision
         self.init = init
         self.finetuning = finetuning
         self.objective = objective
+        self.discriminative_weight = discriminative_weight
         self.tokenizer = tokenizer
         self.tokenizer_vocab_size = tokenizer_vocab_size
         self.dropout = dropout
@@ -210,7 +215,13 @@ mixed_precision
             )
         origin = type(self).__name__
         values = {"trackers": (), **further, **chosen, **given}
-        return resolve([Layer(origin=origin, values=values)])
+        resolved = resolve([Layer(origin=origin, values=values)])
+        if resolved.recipe.objective == "unconditional":
+            raise ValueError(
+                "objective = 'unconditional' is one language model of all classes and tells none "
+                "apart; take another objective."
+            )
+        return resolved
 
     def predict_proba(self, X: Iterable[str]) -> FloatArray:
         """Calibrated p(c|x) of shape [texts, classes], classes in the order of `classes_`."""

@@ -5,6 +5,7 @@ import csv
 import gc
 import json
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -292,6 +293,7 @@ def test_labels_that_are_none(make: Make, labels: Any, message: str) -> None:
         ({"learning_rate": -1.0}, r"learning_rate = -1.0 \(from GenerativeClassifier\).* than 0"),
         ({"optimizer": "adam"}, "optimizer = 'adam'"),
         ({"recipe": {"epoch": 1}}, "'epoch' is not a recipe key. Did you mean 'epochs'"),
+        ({"objective": "unconditional"}, "one language model of all classes and tells none apart"),
         ({"recipe": {"seed": 1, "max_steps": 2}}, "recipe holds max_steps, seed, which"),
     ],
 )
@@ -349,10 +351,38 @@ def test_importing_it_loads_no_torch() -> None:
     assert "module 'accel_gpt2' has no attribute 'Generative'" in done.stderr
 
 
-def test_a_classification_head_has_no_likelihoods() -> None:
-    """As scikit-learn does it, what an estimator cannot do is not there."""
-    assert hasattr(GenerativeClassifier(), "log_likelihoods")
-    assert not hasattr(GenerativeClassifier(objective="classification"), "log_likelihoods")
+def test_the_page_runs() -> None:
+    """The first example of docs/scikit-learn.md runs as it stands, and the second is Python."""
+    page = Path(__file__).parents[1] / "docs" / "scikit-learn.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    fits, searches = (compile(block, str(page), "exec") for block in blocks)
+    assert "GridSearchCV" in searches.co_names
+    names: dict[str, Any] = {}
+    exec(fits, names)
+    assert names["classifier"].predict(["Return the cosine of x (measured in radians)."]) == "math"
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"objective": "classification", "learning_rate": 5e-3, "max_steps": 60, "dropout": 0.0},
+        {"objective": "hybrid", "discriminative_weight": 0.5},
+        {"objective": "masked_lm", "model": "roberta-tiny", "learning_rate": 5e-3},
+    ],
+    ids=lambda parameters: parameters["objective"],
+)
+def test_other_objectives(
+    make: Make, data: tuple[list[str], list[str]], parameters: dict[str, Any]
+) -> None:
+    """Each learns, takes its own values and survives pickling; a classification head has no
+    likelihoods, so the method is not there."""
+    texts, labels = data[0][:10], data[1][:10]  # a pseudo-log-likelihood takes a pass per token
+    classifier = make(max_length=24).set_params(**parameters).fit(*data)
+    assert classifier.recipe_.objective == parameters["objective"]
+    assert classifier.score(texts, labels) > 0.7
+    back = pickle.loads(pickle.dumps(classifier))
+    np.testing.assert_array_equal(back.predict_proba(texts), classifier.predict_proba(texts))
+    assert hasattr(classifier, "log_likelihoods") == (classifier.objective != "classification")
 
 
 def test_unfitted_it_says_so(make: Make) -> None:
