@@ -103,8 +103,14 @@ class MaskedLanguageModel(TransformersModel):
         logits = self._logits(input_ids, attention_mask, masked)
         return F.cross_entropy(logits.float(), targets[masked], reduction="sum")
 
-    def _logits(self, input_ids: Tensor, attention_mask: Tensor, masked: Tensor) -> Tensor:
-        """Of the masked tokens, [masked, vocab_size]."""
+    def _logits(
+        self, input_ids: Tensor, attention_mask: Tensor, masked: Tensor, *, fp32_head: bool = False
+    ) -> Tensor:
+        """Of the masked tokens, [masked, vocab_size].
+
+        Args:
+            fp32_head: keep the head in fp32 under autocast; a score is a sum over many tokens.
+        """
         base = self.transformers_model
         head = getattr(base, "lm_head", None)
         if base.config.model_type != "roberta" or head is None:
@@ -112,9 +118,14 @@ class MaskedLanguageModel(TransformersModel):
             logits: Tensor = output.logits[masked]
             return logits
         # The head only where something is predicted: it is half of a small model's work.
-        hidden = base.base_model(input_ids=input_ids, attention_mask=attention_mask)
-        predicted: Tensor = head(hidden.last_hidden_state[masked])
-        return predicted
+        output = base.base_model(input_ids=input_ids, attention_mask=attention_mask)
+        hidden = output.last_hidden_state[masked]
+        if not fp32_head:
+            predicted: Tensor = head(hidden)
+            return predicted
+        with torch.autocast(hidden.device.type, enabled=False):
+            exact: Tensor = head(hidden.float())
+        return exact
 
     def num_targets(self, lengths: NDArray[Any]) -> Indices:
         return _num_masked(lengths, self.estimator.mask_fraction)
@@ -168,7 +179,7 @@ class MaskedLanguageModel(TransformersModel):
         for rows, masks in self._passes(documents):
             batch = self._batch([documents[row] for row in rows], masks)
             input_ids, targets, attention_mask, masked = to_device(batch, device)
-            logits = self._logits(input_ids, attention_mask, masked).float()
+            logits = self._logits(input_ids, attention_mask, masked, fp32_head=True).float()
             yield rows, masks, logits.log_softmax(-1).gather(1, targets[masked][:, None])[:, 0]
 
     def _weight(self, document: NDArray[Any], mask: Indices) -> float:

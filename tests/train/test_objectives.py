@@ -156,6 +156,20 @@ def test_full_pseudo_log_likelihood_masks_each_token_once(tmp_path: Path) -> Non
     np.testing.assert_allclose(model.score(DOCUMENTS, CPU), expected, rtol=1e-5)
 
 
+def test_scores_under_autocast_have_an_fp32_head(tmp_path: Path) -> None:
+    """As with causal models: a score is a sum over tokens, and logits in bf16 have large steps."""
+    model = _build(tmp_path, "roberta", "masked_lm").eval()
+    assert isinstance(model, MaskedLanguageModel)
+    types = []
+    model.transformers_model.lm_head.register_forward_hook(
+        lambda *call: types.append(call[2].dtype)
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.score(DOCUMENTS[:1], CPU)
+        model(*_batch(model, DOCUMENTS[:1], LABELS[:1]))
+    assert types == [torch.float32, torch.bfloat16]
+
+
 def test_estimates_share_masks_between_classes_or_do_not(tmp_path: Path) -> None:
     """Shared masks are the document's, independent ones the class's too; both repeat."""
     shared, independent = (
