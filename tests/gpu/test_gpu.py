@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from accel_gpt2.classify.evaluate import evaluate_run
 from accel_gpt2.classify.fit import fit
 from accel_gpt2.errors import StoppedEarly, UserError
 from accel_gpt2.recipe import Layer, resolve
@@ -28,6 +29,7 @@ from accel_gpt2.train.processes import build_accelerator
 from accel_gpt2.train.scoring import score_documents
 from accel_gpt2.train.stopping import StopRequest
 from tests.classify.conftest import resolve_tiny
+from tests.classify.test_objectives import OBJECTIVES
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +79,23 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
         mine = load_file(tmp_path / "run" / path.relative_to(tmp_path / "whole"))
         for name, tensor in load_file(path).items():
             torch.testing.assert_close(mine[name], tensor, rtol=1e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("mixed_precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_trains_and_scores_as_on_a_cpu(
+    texts_file: Path, tmp_path: Path, name: str, mixed_precision: str
+) -> None:
+    """In 16 bits on the card: the losses of fp32 within its rounding, and scores that add up."""
+    changes = {**OBJECTIVES[name], "dropout": 0.0, "max_steps": 6}
+    resolved = resolve_tiny(texts_file, mixed_precision=mixed_precision, **changes)
+    fit(resolved, tmp_path / "gpu", quiet=True)
+    fit(resolve_tiny(texts_file, **changes), tmp_path / "fp32", quiet=True)
+    np.testing.assert_allclose(_losses(tmp_path / "gpu"), _losses(tmp_path / "fp32"), rtol=0.05)
+    if name != "unconditional":
+        metrics = evaluate_run(tmp_path / "gpu", quiet=True)
+        reference = evaluate_run(tmp_path / "fp32", quiet=True)
+        assert metrics["raw"]["nll"] == pytest.approx(reference["raw"]["nll"], rel=0.2, abs=0.05)
 
 
 def test_memory_that_runs_out_is_halved(texts_file: Path, tmp_path: Path) -> None:
