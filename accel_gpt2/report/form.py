@@ -38,6 +38,7 @@ class LogRow(TypedDict, total=False):
     tokens: Count | None
     peak_memory_bytes: Count | None
     validation_bits_per_token: float | None
+    validation_bits_per_document: float | None
     validation_bits_per_byte: float | None
     best: bool | None
 
@@ -118,6 +119,7 @@ class Metrics(TypedDict, total=False):
     class_names: Required[Annotated[list[str], MinLen(1)]]
     confusion_matrix: Required[list[list[Count]]]
     model: str | None
+    objective: str | None
     dataset: str | None
     split: str | None
     num_documents: Count | None

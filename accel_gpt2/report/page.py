@@ -27,6 +27,14 @@ from accel_gpt2.report.elements import (
 from accel_gpt2.report.read import Run, read_run
 from accel_gpt2.units import format_bytes, format_count, format_seconds
 
+# What was trained, by the recipe's objective.
+_TRAINED = {
+    "generative": "One {model} model per class",
+    "masked_lm": "One masked {model} model per class",
+    "hybrid": "One {model} model per class, trained together with a discriminative term,",
+    "classification": "{model} with a classification head",
+}
+
 
 def write_report(run_directory: Path) -> Path:
     """Write evaluation/report.html and its PNGs, and return the page's path.
@@ -53,7 +61,9 @@ def render_page(run: Run, figures: Sequence[FigureOnPage]) -> str:
     metrics = run.metrics or {}
     model = metrics.get("model") or run.recipe.get("model")
     num_parameters = run.plan.get("num_parameters")
-    size = f"{format_count(num_parameters)} parameters per class" if num_parameters else None
+    size = f"{format_count(num_parameters)} parameters" if num_parameters else None
+    if size and run.objective not in {"classification", "unconditional"}:
+        size += " per class"
     dataset = metrics.get("dataset") or run.recipe.get("dataset")
     return render(
         "run.html.j2",
@@ -61,7 +71,7 @@ def render_page(run: Run, figures: Sequence[FigureOnPage]) -> str:
         subtitle=" · ".join(str(x) for x in (model, size, dataset, metrics.get("split")) if x),
         verdict=_verdict(run),
         next_command=None
-        if run.metrics
+        if run.metrics or run.objective == "unconditional"
         else f"accel-gpt2 evaluate {shlex.quote(str(run.directory))}",
         notices=run.notices,
         tables_above=[table for table in (_metrics_table(run),) if table],
@@ -100,6 +110,11 @@ def _verdict(run: Run) -> list[str]:
 
 
 def _verdict_without_evaluation(run: Run) -> list[str]:
+    if run.objective == "unconditional":
+        return [
+            "A language model of all classes, on which adapters are trained. It is no classifier, "
+            "so there is nothing to evaluate."
+        ]
     if not run.curves:
         return [
             "No training step has been logged yet. When the training has ended, this command "
@@ -108,7 +123,7 @@ def _verdict_without_evaluation(run: Run) -> list[str]:
     steps = max(curve.num_steps for curve in run.curves)
     models = "model has" if len(run.curves) == 1 else "models have"
     return [
-        f"{len(run.curves)} class {models} been trained, for {steps:,} steps at most; no test "
+        f"{len(run.curves)} {models} been trained, for {steps:,} steps at most; no test "
         "document has been classified yet. This command does that:"
     ]
 
@@ -117,8 +132,9 @@ def _accuracy_sentence(run: Run, metrics: Mapping[str, Any]) -> str:
     model = metrics.get("model") or run.recipe.get("model") or "language"
     documents = metrics.get("num_documents")
     of_what = f"{documents:,} {metrics.get('split') or 'test'} documents" if documents else "them"
+    trained = _TRAINED.get(run.objective, _TRAINED["generative"]).format(model=model)
     return (
-        f"One {model} model per class gets {percent(metrics['accuracy'])} of {of_what} right"
+        f"{trained} gets {percent(metrics['accuracy'])} of {of_what} right"
         f"{_interval(metrics.get('accuracy_interval_95'))}."
     )
 
@@ -137,9 +153,9 @@ def _baseline_sentences(metrics: Mapping[str, Any]) -> list[str]:
     between = f" (95% interval {points_interval(bounds)})" if bounds else ""
     side = "ahead of" if points > 0 else "behind"
     distance = (
-        f"the language models are {abs(points):.1f} points {side} it"
+        f"this run is {abs(points):.1f} points {side} it"
         if round(abs(points), 1)
-        else "the language models are level with it"
+        else "this run is level with it"
     )
     sentences = [f"{first}; {distance}{between}."]
     test = baseline.get("mcnemar") or {}
@@ -152,8 +168,8 @@ def _baseline_sentences(metrics: Mapping[str, Any]) -> list[str]:
         )
         sentences.append(
             f"{verdict} (McNemar's exact test, {format_p_value(p_value)}: {test['only_a']:,} "
-            f"documents that only the language models get right, {test['only_b']:,} that only the "
-            "baseline does)."
+            f"documents that only this run gets right, {test['only_b']:,} that only the baseline "
+            "does)."
         )
     return sentences
 
@@ -216,9 +232,9 @@ def _metrics_table(run: Run) -> Table | None:
     return Table(
         title="Results",
         introduction=(
-            "“Raw” is Bayes' rule on the summed log-likelihoods; “calibrated” also uses the "
-            "temperature, length slope and class bias fitted on validation documents. Lower is "
-            "better from the negative log-likelihood to the calibration error."
+            f"“Raw” is {_raw(run)}; “calibrated” also uses the temperature, length slope and class "
+            "bias fitted on validation documents. Lower is better from the negative log-likelihood "
+            "to the calibration error."
             + (
                 f" {truncated:,} documents were longer than max_length and are scored up to there."
                 if truncated
@@ -231,31 +247,41 @@ def _metrics_table(run: Run) -> Table | None:
     )
 
 
+def _raw(run: Run) -> str:
+    if run.objective == "classification":
+        return "what the classification head says"
+    return "Bayes' rule on the summed log-likelihoods"
+
+
 def _class_table(run: Run) -> Table | None:
     metrics = run.metrics or {}
-    curves = {curve.class_index: curve for curve in run.curves}
-    names = metrics.get("class_names") or run.plan.get("class_names") or []
-    names = list(names) or [curves[index].class_name for index in sorted(curves)]
+    curves = {curve.class_name: curve for curve in run.curves}
+    classes = metrics.get("class_names") or run.plan.get("class_names") or []
+    # A model of all classes has a row of its own.
+    names = list(dict.fromkeys([*map(str, classes), *curves]))
     if not names:
         return None
-    confusion = metrics.get("confusion_matrix")
+    num_documents = {
+        name: f"{sum(row):,}"
+        for name, row in zip(names, metrics.get("confusion_matrix") or [], strict=False)
+    }
 
     def rates(key: str, name: str) -> str:
         value = (metrics.get(key) or {}).get(name)
         return UNKNOWN if value is None else percent(value)
 
     rows = []
-    for index, name in enumerate(names):
-        curve = curves.get(index)
+    for name in names:
+        curve = curves.get(name)
         best = curve.best if curve else None
         rows.append(
             (
-                str(name),
-                f"{sum(confusion[index]):,}" if confusion else UNKNOWN,
+                name,
+                num_documents.get(name, UNKNOWN),
                 rates("recall", name),
                 rates("precision", name),
                 rates("f1", name),
-                f"{best.bits_per_token:.3f}" if best else UNKNOWN,
+                f"{best.bits:.3f}" if best else UNKNOWN,
                 f"{best.bits_per_byte:.3f}" if best and best.bits_per_byte else UNKNOWN,
                 f"{best.step:,}" if best else UNKNOWN,
                 f"{curve.num_steps:,}" if curve else UNKNOWN,
@@ -268,7 +294,7 @@ def _class_table(run: Run) -> Table | None:
         "Recall",
         "Precision",
         "F1",
-        "Bits per token",
+        f"Bits per {run.curves[0].unit if run.curves else 'token'}",
         "Bits per byte",
         "Best step",
         "Steps",
@@ -278,8 +304,8 @@ def _class_table(run: Run) -> Table | None:
     return Table(
         title="Classes",
         introduction=(
-            "Bits are those of the validation documents of the class under its own model at the "
-            "best step, which is the checkpoint that classifies."
+            "Bits are those of the validation documents under the model that was trained for them, "
+            "at the best step, which is the checkpoint that classifies."
         ),
         header=tuple(itertools.compress(header, known)),
         rows=tuple(tuple(itertools.compress(row, known)) for row in rows),
@@ -327,8 +353,13 @@ def _figures(run: Run) -> list[FigureOnPage]:
                     "Look for validation that still falls at the end (train longer) or rises while "
                     "training falls (overfitting: the star marks the checkpoint that is used). "
                     "Training is measured with dropout, so it may lie above validation."
+                    + (
+                        " Its loss has the discriminative term in it; validation has not."
+                        if run.objective == "hybrid"
+                        else ""
+                    )
                 ),
-                description="Training loss and validation bits per token of each class over steps.",
+                description="Training loss and validation bits of each model over steps.",
             )
         )
     metrics = run.metrics
@@ -359,7 +390,7 @@ def _figures(run: Run) -> list[FigureOnPage]:
                 lambda theme: plots.reliability_diagram(blocks, theme),
                 file_name="reliability_diagram.png",
                 title="Reliability diagram",
-                caption=_reliability_caption(metrics),
+                caption=_reliability_caption(run, metrics),
                 description="Share of right answers by stated probability, raw and calibrated.",
             )
         )
@@ -376,16 +407,19 @@ def _figures(run: Run) -> list[FigureOnPage]:
     return figures
 
 
-def _reliability_caption(metrics: Mapping[str, Any]) -> str:
+def _reliability_caption(run: Run, metrics: Mapping[str, Any]) -> str:
     scale = (metrics.get("calibration") or {}).get("scale")
-    scaling = (
-        f" Calibration multiplies the log-likelihoods by {scale:.3g}." if scale is not None else ""
+    crowding = (
+        ""
+        if run.objective == "classification"
+        else ": raw probabilities crowd at 1, because a document's tokens are counted as "
+        "independent evidence"
     )
+    scaling = f" Calibration multiplies the scores by {scale:.3g}." if scale is not None else ""
     return (
         "A point below the dashed line is a probability that promises too much; points of few "
-        "documents scatter. The bars count "
-        "the documents of each bin, on a logarithmic scale: raw probabilities crowd at 1, because "
-        "a document's tokens are counted as independent evidence." + scaling
+        "documents scatter. The bars count the documents of each bin, on a logarithmic scale"
+        f"{crowding}.{scaling}"
     )
 
 

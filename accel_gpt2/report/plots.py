@@ -28,7 +28,7 @@ _MOST_CLASSES_IN_ONE_PANEL = 5
 
 
 def loss_curves(curves: Sequence[ClassCurve], theme: Theme) -> bytes:
-    """Training loss and validation, bits per token over optimizer steps.
+    """Training loss and validation, bits per token or document over optimizer steps.
 
     Up to five classes share one panel; more get a panel each on common axes.
     """
@@ -61,7 +61,7 @@ def loss_curves(curves: Sequence[ClassCurve], theme: Theme) -> bytes:
         )
         panels[0].set_xlim(left=0)
         figure.supxlabel("optimizer step", fontsize=9.5)
-        figure.supylabel("bits per token", fontsize=9.5)
+        figure.supylabel(f"bits per {curves[0].unit}", fontsize=9.5)
 
         color = theme.ink if one_panel else theme.series[0]
         kinds = [
@@ -85,7 +85,7 @@ def loss_curves(curves: Sequence[ClassCurve], theme: Theme) -> bytes:
 def _draw_curve(axes: Axes, curve: ClassCurve, *, color: str, theme: Theme) -> None:
     axes.plot(
         [point.step for point in curve.training],
-        [point.bits_per_token for point in curve.training],
+        [point.bits for point in curve.training],
         color=color,
         marker="." if len(curve.training) == 1 else "",  # one point makes no line
         linewidth=1,
@@ -93,7 +93,7 @@ def _draw_curve(axes: Axes, curve: ClassCurve, *, color: str, theme: Theme) -> N
     )
     axes.plot(
         [point.step for point in curve.validation],
-        [point.bits_per_token for point in curve.validation],
+        [point.bits for point in curve.validation],
         color=color,
         marker="o",
         markersize=4.5,
@@ -102,7 +102,7 @@ def _draw_curve(axes: Axes, curve: ClassCurve, *, color: str, theme: Theme) -> N
     if curve.best is not None:
         axes.plot(
             curve.best.step,
-            curve.best.bits_per_token,
+            curve.best.bits,
             color=color,
             marker="*",
             markersize=14,

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -15,29 +15,32 @@ from accel_gpt2.errors import UsageError, UserError
 from accel_gpt2.recipe import read_layer
 from accel_gpt2.report.form import LogRow, Metrics, Plan
 
+Unit = Literal["token", "document"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingPoint:
-    """`bits_per_token` is the mean over the predicted tokens since the previous point."""
+    """`bits` is the mean over the tokens or documents since the previous point."""
 
     step: int
-    bits_per_token: float
+    bits: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationPoint:
     step: int
-    bits_per_token: float
+    bits: float
     bits_per_byte: float | None
     best: bool  # the best one up to this step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassCurve:
-    """The log of one class's model, in the order of its steps."""
+    """The log of one class's model, or of one of all classes, in the order of its steps."""
 
     class_index: int
     class_name: str
+    unit: Unit  # what `bits` are per
     training: tuple[TrainingPoint, ...]
     validation: tuple[ValidationPoint, ...]
     num_tokens: int | None  # document tokens trained on
@@ -59,7 +62,7 @@ class ClassCurve:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mistake:
     """`document` is its row in the source split, from 0; `margin_nats` is log p(x|predicted) -
-    log p(x|label)."""
+    log p(x|label), or of p(predicted|x) and p(label|x)."""
 
     document: int
     label: int
@@ -83,6 +86,12 @@ class Run:
     mistakes: tuple[Mistake, ...]
     notices: tuple[str, ...]
 
+    @property
+    def objective(self) -> str:
+        """As in the recipe; runs from before there was a choice are generative."""
+        metrics = self.metrics or {}
+        return str(metrics.get("objective") or self.recipe.get("objective") or "generative")
+
 
 def read_run(run_directory: Path) -> Run:
     """Read everything that a report shows.
@@ -102,13 +111,15 @@ def read_run(run_directory: Path) -> Run:
     if not _has_form(_PLAN, plan):
         notices.append(_left_out("plan.json"))
         plan = {}
-    curves = _read_curves(run_directory / "log.jsonl", notices)
+    recipe = _read_recipe(run_directory / "recipe.yaml", notices)
+    unit: Unit = "document" if recipe.get("objective") == "classification" else "token"
+    curves = _read_curves(run_directory / "log.jsonl", unit, notices)
     metrics = _read_metrics(run_directory)
     scores_path = run_directory / "evaluation" / "scores.parquet"
     command_path = run_directory / "command.txt"
     return Run(
         directory=run_directory,
-        recipe=_read_recipe(run_directory / "recipe.yaml", notices),
+        recipe=recipe,
         plan=plan,
         environment=_read_optional_mapping(run_directory / "environment.json", notices),
         command=command_path.read_text("utf-8", errors="replace").strip()
@@ -192,8 +203,11 @@ def _is_square(metrics: Mapping[str, Any]) -> bool:
     )
 
 
-def _read_curves(path: Path, notices: list[str]) -> tuple[ClassCurve, ...]:
-    """Rows of log.jsonl by class. A resumed run repeats rows: the last of each step wins."""
+def _read_curves(path: Path, unit: Unit, notices: list[str]) -> tuple[ClassCurve, ...]:
+    """Rows of log.jsonl by class; `unit` is that of losses before the first validation.
+
+    A resumed run repeats rows: the last of each step wins.
+    """
     if not path.is_file():
         return ()
     lines = path.read_text("utf-8", errors="replace").splitlines()
@@ -220,29 +234,40 @@ def _read_curves(path: Path, notices: list[str]) -> tuple[ClassCurve, ...]:
         )
     ordered = [rows[key] for key in sorted(rows, key=lambda key: key[1:])]
     class_indices = sorted({row["class_index"] for row in ordered})
-    return tuple(
-        _class_curve(index, [row for row in ordered if row["class_index"] == index])
+    curves = (
+        _class_curve(index, unit, [row for row in ordered if row["class_index"] == index])
         for index in class_indices
     )
+    return tuple(curve for curve in curves if curve)
 
 
-def _class_curve(class_index: int, rows: Sequence[Mapping[str, Any]]) -> ClassCurve:
+def _class_curve(
+    class_index: int, unit: Unit, rows: Sequence[Mapping[str, Any]]
+) -> ClassCurve | None:
+    """None when no validation point says what the losses are per."""
     steps = [row for row in rows if row["event"] == "step"]
     evaluations = [row for row in rows if row["event"] == "evaluate"]
+    units: list[Unit] = [
+        unit
+        for unit in get_args(Unit)
+        if any(f"validation_bits_per_{unit}" in row for row in evaluations)
+    ]
+    if evaluations and not units:
+        return None
+    unit = units[0] if units else unit
     peaks = [int(row["peak_memory_bytes"]) for row in steps if row.get("peak_memory_bytes")]
     return ClassCurve(
         class_index=class_index,
         class_name=str(rows[-1].get("class_name", f"class {class_index}")),
+        unit=unit,
         training=tuple(
-            TrainingPoint(
-                step=int(row["step"]), bits_per_token=_number(row.get("loss")) / math.log(2)
-            )
+            TrainingPoint(step=int(row["step"]), bits=_number(row.get("loss")) / math.log(2))
             for row in steps
         ),
         validation=tuple(
             ValidationPoint(
                 step=int(row["step"]),
-                bits_per_token=_number(row.get("validation_bits_per_token")),
+                bits=_number(row.get(f"validation_bits_per_{unit}")),
                 bits_per_byte=row.get("validation_bits_per_byte"),
                 best=bool(row.get("best")),
             )
@@ -268,20 +293,23 @@ def _read_mistakes(
     if not path.is_file():
         return ()
     integers = ("document", "label", "prediction", "num_tokens")
-    likelihoods = [f"log_likelihood_{index}" for index in range(num_classes)]
-    form = pyarrow.schema(
-        [pyarrow.field(name, pyarrow.int64(), nullable=False) for name in integers]
-        + [pyarrow.field(name, pyarrow.float64(), nullable=False) for name in likelihoods]
-    )
     try:
-        table = pyarrow.parquet.read_table(path).select(form.names).cast(form)
+        table = pyarrow.parquet.read_table(path)
+        # A classification head's are of classes given documents; a margin is the same of both.
+        kind = "log_probability" if "log_probability_0" in table.column_names else "log_likelihood"
+        scored = [f"{kind}_{index}" for index in range(num_classes)]
+        form = pyarrow.schema(
+            [pyarrow.field(name, pyarrow.int64(), nullable=False) for name in integers]
+            + [pyarrow.field(name, pyarrow.float64(), nullable=False) for name in scored]
+        )
+        table = table.select(form.names).cast(form)
         table.validate(full=True)
     except (pyarrow.ArrowException, OSError, KeyError, ValueError):
         notices.append(_left_out("evaluation/scores.parquet"))
         return ()
     document, label, prediction, num_tokens = (table.column(n).to_numpy() for n in integers)
     scores: npt.NDArray[np.float64] = np.column_stack(
-        [table.column(name).to_numpy() for name in likelihoods]
+        [table.column(name).to_numpy() for name in scored]
     )
     if any(((x < 0) | (x >= num_classes)).any() for x in (label, prediction)):
         notices.append(_left_out("evaluation/scores.parquet"))

@@ -6,6 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 
+import pyarrow.parquet
 import pytest
 from matplotlib.image import imread
 
@@ -135,7 +136,7 @@ def test_the_verdict_holds_the_metrics(evaluated_run):
     assert f"gets {metrics['accuracy']:.1%} of 600 test documents right" in verdict
     assert f"(95% interval {100 * low:.1f}–{100 * high:.1f}%)" in verdict
     assert f"TF-IDF + logistic regression, gets {baseline['accuracy']:.1%} right" in verdict
-    assert f"{test['only_a']} documents that only the language models get right" in verdict
+    assert f"{test['only_a']} documents that only this run gets right" in verdict
     assert f"get {metrics['majority_class_accuracy']:.1%} right" in verdict
     assert "Training took 5 min 42 s for 1.97M document tokens" in verdict
     assert "its cost is unknown" in verdict
@@ -204,9 +205,68 @@ def test_a_run_without_evaluation_says_what_to_type(trained_run):
     page = report(trained_run)
     assert [p.name for p in (trained_run / "evaluation").glob("*.png")] == ["loss_curves.png"]
     assert f"accel-gpt2 evaluate '{trained_run}'" in page.text
-    assert "3 class models have been trained, for 120 steps at most" in page.text
+    assert "3 models have been trained, for 120 steps at most" in page.text
     assert "Confusion matrix" not in page.text
     assert "Recall" not in page.text
+
+
+def of_objective(directory, objective):
+    """The run's recipe says another objective."""
+    path = directory / "recipe.yaml"
+    path.write_text(path.read_text().replace("objective: generative", f"objective: {objective}"))
+    assert f"objective: {objective}" in path.read_text()
+
+
+def with_one_curve(directory, **validation):
+    """The log is that of one model of all classes, with these values in its validation rows."""
+    path = directory / "log.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = [row for row in rows if row.get("class_index") == 0]
+    for row in kept:
+        row["class_name"] = "all classes"
+        if row["event"] == "evaluate":
+            del row["validation_bits_per_token"], row["validation_bits_per_byte"]
+            row.update(validation)
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
+def test_a_classification_head_has_its_own_words(evaluated_run):
+    """One model of all classes, bits per document, scores that are posteriors, no bits per byte."""
+    of_objective(evaluated_run, "classification")
+    with_one_curve(evaluated_run, validation_bits_per_document=0.625)
+    change_metrics(evaluated_run, bits_per_byte=None, bits_per_token=None, baseline=None)
+    path = evaluated_run / "evaluation" / "scores.parquet"
+    table = pyarrow.parquet.read_table(path)
+    names = [name.replace("log_likelihood", "log_probability") for name in table.column_names]
+    pyarrow.parquet.write_table(table.rename_columns(names), path)
+    page = report_text(evaluated_run)
+    assert "gpt2-tiny with a classification head gets" in page.verdict
+    assert "“Raw” is what the classification head says" in page.text
+    assert "1.38M parameters ·" in page.text
+    assert re.search(r"Bits per document.* all classes ?– ?– ?– ?– ?0\.625", page.text)
+    assert "Surest mistakes" in page.text
+    assert "baseline" not in page.verdict
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ("masked_lm", "One masked gpt2-tiny model per class gets"),
+        ("hybrid", "One gpt2-tiny model per class, trained together with a discriminative term,"),
+    ],
+)
+def test_other_language_models_have_their_words(evaluated_run, objective, words):
+    """The first sentence says what was trained."""
+    of_objective(evaluated_run, objective)
+    assert words in report_text(evaluated_run).verdict
+
+
+def test_a_base_for_adapters_is_not_to_be_evaluated(trained_run):
+    """The page does not name a command that would be refused."""
+    of_objective(trained_run, "unconditional")
+    text = report_text(trained_run).text
+    assert "there is nothing to evaluate" in text
+    assert "accel-gpt2 evaluate" not in text
 
 
 def test_a_run_that_has_only_begun(trained_run):

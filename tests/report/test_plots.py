@@ -1,5 +1,6 @@
 """The figures: what is drawn, and that drawing leaves Matplotlib as it was."""
 
+import dataclasses
 import io
 import math
 import subprocess
@@ -32,14 +33,14 @@ def class_curves(names):
         ClassCurve(
             class_index=index,
             class_name=name,
+            unit="token",
             training=tuple(
-                TrainingPoint(step=step, bits_per_token=6 + index + 5 / step)
-                for step in range(1, 30)
+                TrainingPoint(step=step, bits=6 + index + 5 / step) for step in range(1, 30)
             ),
             validation=tuple(
                 ValidationPoint(
                     step=step,
-                    bits_per_token=6.5 + index - step / 100,
+                    bits=6.5 + index - step / 100,
                     bits_per_byte=None,
                     best=True,
                 )
@@ -105,7 +106,7 @@ def test_curves_show_what_was_logged(drawn):
     assert len(lines) == 6
     for index, curve in enumerate(curves):
         training, validation, best = lines[3 * index : 3 * index + 3]
-        assert list(training.get_ydata()) == [point.bits_per_token for point in curve.training]
+        assert list(training.get_ydata()) == [point.bits for point in curve.training]
         assert list(validation.get_xdata()) == [10, 20]
         assert list(best.get_xdata()) == [20]
         assert training.get_color() == validation.get_color() == drawing.LIGHT.series[index]
@@ -113,6 +114,12 @@ def test_curves_show_what_was_logged(drawn):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ham", "spam"]
     assert figure.get_supylabel() == "bits per token"
     assert figure.get_supxlabel() == "optimizer step"
+
+
+def test_losses_of_documents_are_named_so(drawn):
+    """The axis of a classification head's losses says bits per document."""
+    curves = [dataclasses.replace(class_curves(["all classes"])[0], unit="document")]
+    assert drawn.loss_curves(curves, drawing.LIGHT).get_supylabel() == "bits per document"
 
 
 def cell_texts(figure):

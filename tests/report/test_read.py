@@ -39,7 +39,7 @@ def test_losses_become_bits_per_token(trained_run):
         own = [row for row in logged if row.get("class_index") == curve.class_index]
         losses = [row["loss"] * math.log2(math.e) for row in own if row["event"] == "step"]
         assert len(losses) == 12
-        assert [point.bits_per_token for point in curve.training] == pytest.approx(losses)
+        assert [point.bits for point in curve.training] == pytest.approx(losses)
         assert [point.step for point in curve.validation] == [40, 80, 120]
         assert curve.num_steps == 120
         assert curve.num_tokens == 4096 * 120
@@ -48,7 +48,7 @@ def test_losses_become_bits_per_token(trained_run):
 def test_the_best_checkpoint_is_the_last_that_was_flagged(trained_run):
     """The star stands at the lowest validation point, which is not the last one here."""
     for curve in read_run(trained_run).curves:
-        lowest = min(curve.validation, key=lambda point: point.bits_per_token)
+        lowest = min(curve.validation, key=lambda point: point.bits)
         assert curve.best == lowest
         assert curve.best.step < 120
 
@@ -59,8 +59,8 @@ def test_after_a_resume_the_last_row_of_a_step_wins(trained_run):
     append(trained_run, step_row(50, 9.0) + "\n" + step_row(40, 1.5, event="evaluate") + "\n")
     after = read_run(trained_run).curves
     assert [p.step for p in after[0].training] == [p.step for p in before[0].training]
-    assert after[0].training[4].bits_per_token == pytest.approx(9.0 * math.log2(math.e))
-    assert after[0].validation[0].bits_per_token == 1.5
+    assert after[0].training[4].bits == pytest.approx(9.0 * math.log2(math.e))
+    assert after[0].validation[0].bits == 1.5
     assert after[1:] == before[1:]
 
 
@@ -97,7 +97,32 @@ def test_other_rows_are_left_alone(trained_run, row):
 def test_a_gap_in_the_loss_is_not_a_number(trained_run):
     """A null loss stays a gap; it is not drawn as zero."""
     append(trained_run, step_row(130, None) + "\n")
-    assert math.isnan(read_run(trained_run).curves[0].training[-1].bits_per_token)
+    assert math.isnan(read_run(trained_run).curves[0].training[-1].bits)
+
+
+@pytest.mark.parametrize(
+    ("key", "unit"), [("validation_bits_per_document", "document"), ("loss_of_its_own", None)]
+)
+def test_validation_says_what_losses_are_per(trained_run, key, unit):
+    """Bits per document are read as such; a curve whose unit nothing says is left out."""
+    path = trained_run / "log.jsonl"
+    path.write_text(path.read_text().replace('"validation_bits_per_token"', f'"{key}"'))
+    curves = read_run(trained_run).curves
+    assert [curve.unit for curve in curves] == ([unit] * 3 if unit else [])
+    assert all(not math.isnan(point.bits) for curve in curves for point in curve.validation)
+
+
+def test_before_the_first_validation_the_recipe_says_it(trained_run):
+    """The training losses of a classification head are per document, all others per token."""
+    path = trained_run / "log.jsonl"
+    rows = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(row for row in rows if '"evaluate"' not in row))
+    assert {curve.unit for curve in read_run(trained_run).curves} == {"token"}
+    recipe = trained_run / "recipe.yaml"
+    recipe.write_text(
+        recipe.read_text().replace("objective: generative", "objective: classification")
+    )
+    assert {curve.unit for curve in read_run(trained_run).curves} == {"document"}
 
 
 def test_the_surest_mistakes(evaluated_run):
