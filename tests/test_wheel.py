@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_wheel_installs_elsewhere_and_works(tmp_path: Path) -> None:
-    """The wheel carries the vocabulary, the report's template, the launch scripts and the licences,
+    """The wheel carries the vocabulary, the reports' templates, the launch scripts and the licences,
     and its commands run from another directory."""
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)],
@@ -25,7 +25,7 @@ def test_wheel_installs_elsewhere_and_works(tmp_path: Path) -> None:
     for end in (
         "accel_gpt2/data/gpt2_vocabulary/vocab.json",
         "accel_gpt2/data/gpt2_vocabulary/merges.txt",
-        "accel_gpt2/report/run.html.j2",
+        *(f"accel_gpt2/report/{name}.html.j2" for name in ("base", "parts", "run", "comparison")),
         "accel_gpt2/_launch/train.py",
         "accel_gpt2/_launch/evaluate.py",
         "licenses/LICENSE",

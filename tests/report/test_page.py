@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-from html.parser import HTMLParser
 
 import pyarrow.parquet
 import pytest
@@ -16,50 +15,14 @@ from accel_gpt2.report import page as report_page
 from accel_gpt2.report.page import render_page
 from accel_gpt2.report.read import read_run
 
+from .pages import Page
+
 FIGURES = [
     "loss_curves.png",
     "confusion_matrix.png",
     "reliability_diagram.png",
     "bits_per_byte.png",
 ]
-VOID = {"meta", "img", "source", "link", "br", "hr", "input"}
-
-
-class Page(HTMLParser):
-    """A page's tags, attributes and visible text; nesting is checked while it is read."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.html = html
-        self.attributes = []
-        self.tags = []
-        self.open = []
-        self.texts = {}
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value) for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            for tag in {*self.open}:
-                self.texts[tag] = self.texts.get(tag, "") + data
-
-    @property
-    def text(self):
-        return " ".join(self.texts["body"].split())
-
-    @property
-    def verdict(self):
-        return " ".join(self.text.split("Results")[0].split())
 
 
 def report(directory):
