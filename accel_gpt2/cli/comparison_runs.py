@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 COMPARISON_FILE = "comparison.json"
 _CALIBRATION_FILE = "calibration.json"  # the last thing that a training writes
+
+# Drawing the pictures takes seconds, some of them in dark too.
+_REPORT_EVERY_SECONDS = 60.0
 
 # A trainer that ends so was told to: the comparison ends too, and goes on when it is started again.
 _STOPS = (ExitCode.STOPPED, ExitCode.LIMIT_REACHED, ExitCode.INTERRUPTED)
@@ -244,12 +248,19 @@ def _why_unavailable(recipe: TrainRecipe, model: str, init: Init) -> str:
 
 
 def run_comparison(
-    prepared: PreparedComparison, *, command: str, launcher: Launcher = run_launch
+    prepared: PreparedComparison,
+    *,
+    command: str,
+    launcher: Launcher = run_launch,
+    write_report: Callable[[Path], object] | None = None,
 ) -> tuple[dict[str, Any], int]:
     """Do what is left to do; returns comparison.json's content, and the exit code.
 
-    comparison.json and report.html are written after every run, so what a stop leaves is a report
-    of all that is done.
+    comparison.json is written after every run, and report.html at the end, when a trainer is
+    stopped, and once a minute, so what is left at any moment can be read.
+
+    Args:
+        write_report: what draws report.html from comparison.json; None for the real one.
 
     Raises:
         UserError: when no arm can run here, or as a start of `train` or `evaluate` does.
@@ -265,6 +276,7 @@ def run_comparison(
     from accel_gpt2.classify.comparison import Comparison, describe_data, write_comparison
     from accel_gpt2.report.comparison import write_comparison_report
 
+    write_report = write_report or write_comparison_report
     quiet = prepared.runs[0].options.quiet
     code = int(ExitCode.DONE)
     with hold(prepared.directory):
@@ -278,25 +290,29 @@ def run_comparison(
             other_dataset=prepared.other_dataset,
         )
 
-        def write() -> dict[str, Any]:
-            document = write_comparison(comparison, missing=missing)
-            write_comparison_report(prepared.directory)
-            return document
-
-        document = write()
-        for number, run in enumerate(possible, 1):
-            say(f"[{number}/{len(possible)}] {_words(run, comparison)}", style="bold")
-            if run.is_done:
-                continue
-            try:
-                if run.planned.base in missing:
-                    raise UserError(f"Its base is missing: {missing[run.planned.base]}")
-                _train(run, launcher)
-                _evaluate(run, comparison)
-            except UserError as error:
-                code = code or report(error)
-                missing[run.planned.directory] = str(error)
-            document = write()
+        drawn = time.monotonic()
+        document = write_comparison(comparison, missing=missing)
+        try:
+            for number, run in enumerate(possible, 1):
+                say(f"[{number}/{len(possible)}] {_words(run, comparison)}", style="bold")
+                if run.is_done:
+                    continue
+                try:
+                    if run.planned.base in missing:
+                        raise UserError(f"Its base is missing: {missing[run.planned.base]}")
+                    _train(run, launcher)
+                    _evaluate(run, comparison)
+                except UserError as error:
+                    code = code or report(error)
+                    missing[run.planned.directory] = str(error)
+                document = write_comparison(comparison, missing=missing)
+                if time.monotonic() - drawn > _REPORT_EVERY_SECONDS:
+                    write_report(prepared.directory)
+                    drawn = time.monotonic()
+        except typer.Exit:
+            write_report(prepared.directory)
+            raise
+        write_report(prepared.directory)
     return document, code
 
 
