@@ -2,6 +2,7 @@
 
 import json
 import math
+from statistics import stdev
 
 import numpy as np
 import pytest
@@ -129,6 +130,16 @@ def test_the_two_uncertainties_are_told_apart():
     same = accuracy_over_seeds(np.tile(difficulty < 0.8, (5, 1)))
     assert same["accuracy_standard_deviation"] == pytest.approx(0.0, abs=1e-12)
     assert same["accuracy_standard_error_of_test"] == pytest.approx(means.std(), rel=0.1)
+
+
+def test_seeds_summary_equals_a_bootstrap_over_documents():
+    """With errors of their own, seeds average out a part of the noise of the test."""
+    rng = np.random.default_rng(0)
+    right = rng.random((3, 400)) < rng.choice([0.6, 0.95], 400)
+    result = accuracy_over_seeds(right)
+    assert result["accuracy_standard_deviation"] == pytest.approx(stdev(right.mean(axis=1)))
+    drawn = [right[:, rng.integers(0, 400, 400)].mean() for _ in range(4000)]
+    assert result["accuracy_standard_error_of_test"] == pytest.approx(np.std(drawn), rel=0.05)
 
 
 def test_seeds_are_json():
