@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_wheel_installs_elsewhere_and_works(tmp_path: Path) -> None:
-    """The wheel carries the vocabulary, the reports' templates, the launch scripts and the licences,
-    and its commands run from another directory."""
+    """The wheel carries the vocabulary, the templates of reports, the launch scripts and the
+    licences, and its commands run from another directory."""
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)],
         check=True,

@@ -123,14 +123,18 @@ def _results_table(comparison: Comparison) -> Table:
 
         return _Column(header=header, value=value, show=show, best=min)
 
+    spread = (
+        "± is the standard deviation over seeds, which is the noise of training. "
+        if len(comparison.get("seeds") or []) > 1
+        else ""
+    )
     return _entry_table(
         "Results",
         "The first seed, on the test documents; in brackets the 95% interval, which is the noise "
-        "of drawing these documents. ± is the standard deviation over seeds, which is the noise "
-        "of training. Arrows lead from raw to calibrated probabilities. Lower is better from the "
-        "negative log-likelihood (NLL) on; the best of a column is bold, and whether it is better "
-        "than chance stands in “Every pair”. Bits per byte: the mean over classes, each under its "
-        "own model.",
+        f"of drawing these documents. {spread}Arrows lead from raw to calibrated probabilities. "
+        "Lower is better from the negative log-likelihood (NLL) on; the best of a column is bold, "
+        "and whether it is better than chance stands in “Every pair”. Bits per byte: the mean "
+        "over classes, each under its own model.",
         entries_done(comparison),
         (
             _Column(

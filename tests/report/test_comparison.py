@@ -267,6 +267,18 @@ def test_a_comparison_that_has_only_begun(tmp_path):
             "the log_ratios of entry 1a have no count for each bin",
         ),
     ],
+    ids=[
+        "missing",
+        "version",
+        "status",
+        "text",
+        "not a number",
+        "half an interval",
+        "not square",
+        "twice",
+        "class counts",
+        "bins",
+    ],
 )
 def test_damage_is_named_and_what_to_type(small, tmp_path, change, problem):
     """A wrong type, a missing field, numbers that do not belong together: one sentence."""
