@@ -1,5 +1,7 @@
 """Every command in the README and the docs is one that the program takes."""
 
+import ast
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -50,3 +52,21 @@ def test_links_between_pages_lead_somewhere() -> None:
                 links += 1
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
     assert links >= 8
+
+
+def test_python_on_the_pages_is_python() -> None:
+    """Every block compiles, and whatever it imports from a library is there."""
+    blocks = [
+        (page.name, block)
+        for page in PAGES
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    ]
+    assert "pretrained.md" in {name for name, _ in blocks}
+    for name, block in blocks:
+        imports = [
+            node for node in ast.walk(ast.parse(block, name)) if isinstance(node, ast.ImportFrom)
+        ]
+        assert imports, f"{name}: {block}"
+        for node in imports:
+            module = importlib.import_module(str(node.module))
+            assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
