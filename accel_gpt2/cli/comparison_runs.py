@@ -144,12 +144,6 @@ def prepare_comparison(
         num_seeds=num_seeds,
         train_documents=train_documents,
     )
-    if check_weights:
-        from accel_gpt2.data.sources import check_data_available
-
-        check_data_available(recipe)
-        if other_dataset is not None:
-            check_data_available(dataclasses.replace(TrainRecipe(), dataset=other_dataset))
     # By its name, so that what there is to say about this machine is said once and not every time.
     machine = Layer(origin="--profile", values={"profile": asked.profile.name})
     shared = dataclasses.replace(options, layers=(*options.layers, machine))
@@ -158,6 +152,11 @@ def prepare_comparison(
     )
     runs = [prepare(run) for run in planned]
     if check_weights:
+        from accel_gpt2.data.sources import check_data_available
+
+        check_data_available(recipe)
+        if other_dataset is not None:
+            check_data_available(dataclasses.replace(TrainRecipe(), dataset=other_dataset))
         why = functools.cache(_why_unavailable)
         runs = [
             run
@@ -290,6 +289,7 @@ def run_comparison(
             other_dataset=prepared.other_dataset,
         )
 
+        possible = _without_full_runs(possible, max(comparison.data["class_counts"]["train"]))
         drawn = time.monotonic()
         document = write_comparison(comparison, missing=missing)
         try:
@@ -303,7 +303,8 @@ def run_comparison(
                     _train(run, launcher)
                     _evaluate(run, comparison)
                 except UserError as error:
-                    code = code or report(error)
+                    failed = report(error)
+                    code = code or failed
                     missing[run.planned.directory] = str(error)
                 document = write_comparison(comparison, missing=missing)
                 if time.monotonic() - drawn > _REPORT_EVERY_SECONDS:
@@ -314,6 +315,17 @@ def run_comparison(
             raise
         write_report(prepared.directory)
     return document, code
+
+
+def _without_full_runs(runs: Sequence[PreparedRun], most_documents: int) -> list[PreparedRun]:
+    """Leave out points of the learning curve that have all the documents that there are."""
+    asked = {run.planned.documents_per_class or 0 for run in runs}
+    for documents in sorted(x for x in asked if x >= most_documents):
+        warn(
+            f"--train-documents {documents}: no class has more than {most_documents:,} training "
+            "documents, so that is the full run, which is there anyway."
+        )
+    return [run for run in runs if (run.planned.documents_per_class or 0) < most_documents]
 
 
 def _by_reason(runs: Sequence[PreparedRun]) -> dict[str, list[str]]:

@@ -22,8 +22,8 @@ from accel_gpt2.cli.options import TrainOptions, command_line_layers
 from accel_gpt2.errors import ExitCode, StoppedEarly, UsageError, UserError
 from accel_gpt2.plan.comparison import select_arms
 from accel_gpt2.recipe import read_layer, resolve
-from accel_gpt2.report.comparison import write_comparison_report
 from accel_gpt2.report.comparison_form import read_comparison
+from tests.conftest import write_texts
 
 from .runs import assert_same_models, stop_at_question
 
@@ -88,6 +88,13 @@ def compared(
 
 
 @pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 documents, two classes."""
+    path = tmp_path_factory.mktemp("texts") / "texts.csv"
+    return write_texts(path, documents_per_class=30, num_classes=2)
+
+
+@pytest.fixture(scope="module")
 def other_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Documents of other words, for the scores out of distribution."""
     rows = [f"zebra violin quark {i} {i * i},{'odd' if i % 2 else 'even'}" for i in range(40)]
@@ -98,7 +105,7 @@ def other_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(
-    texts_file: Path,
+    texts: Path,
     other_texts: Path,
     tmp_path_factory: pytest.TempPathFactory,
     session_cache: Path,
@@ -108,11 +115,10 @@ def finished(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCEL_GPT2_CACHE", str(session_cache))
         _, code = compared(
-            texts_file,
+            texts,
             directory,
             "all",
             other_dataset=str(other_texts),
-            write_report=write_comparison_report,
         )
     assert code == ExitCode.DONE
     gc.freeze()
@@ -134,9 +140,6 @@ def test_all_arms_are_there(finished: Path, document: dict[str, Any]) -> None:
     assert "gpt2-tiny has random weights here" in zero_shot["why_missing"]
     assert read_comparison(finished)["dataset"] == document["dataset"]
     assert "NaN" not in (finished / "comparison.json").read_text("utf-8")
-    assert (finished / "report.html").stat().st_mtime >= (
-        finished / "comparison.json"
-    ).stat().st_mtime
 
 
 def done_entries(document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -236,7 +239,7 @@ def test_text_of_another_kind_is_judged(other_texts: Path, document: dict[str, A
 def test_adapters_stand_on_the_base_of_all_text(finished: Path) -> None:
     """Without pretrained weights arm 4 adapts one language model of the pooled classes."""
     configs = list(finished.glob("arm-4-lora/seed-0/class-*/final/adapter_config.json"))
-    assert len(configs) == 3
+    assert len(configs) == 2
     for config in configs:
         base = Path(json.loads(config.read_text("utf-8"))["base_model_name_or_path"])
         assert base.resolve() == (finished / "base" / "seed-0" / "class-all" / "final").resolve()
@@ -251,7 +254,7 @@ def written(directory: Path) -> dict[Path, float]:
 def test_what_is_done_is_not_done_again(
     finished: Path,
     document: dict[str, Any],
-    texts_file: Path,
+    texts: Path,
     other_texts: Path,
     session_cache: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -260,7 +263,7 @@ def test_what_is_done_is_not_done_again(
     monkeypatch.setenv("ACCEL_GPT2_CACHE", str(session_cache))
     before = written(finished)
     assert len(before) > 100
-    again, code = compared(texts_file, finished, "all", never, other_dataset=str(other_texts))
+    again, code = compared(texts, finished, "all", never, other_dataset=str(other_texts))
     assert code == ExitCode.DONE
     assert written(finished) == before
     changing = {"environment", "date"}
@@ -270,7 +273,7 @@ def test_what_is_done_is_not_done_again(
 
 
 def test_a_missing_evaluation_is_made_without_training(
-    finished: Path, texts_file: Path, tmp_path: Path
+    finished: Path, texts: Path, tmp_path: Path
 ) -> None:
     """Of three evaluations of the same models the one that is gone comes back the same."""
     directory = tmp_path / "copy"
@@ -280,32 +283,30 @@ def test_a_missing_evaluation_is_made_without_training(
     expected = json.loads(metrics.read_text("utf-8"))
     untouched = others.stat().st_mtime
     metrics.unlink()
-    compared(texts_file, directory, "7a,7b", never)
+    compared(texts, directory, "7a,7b", never)
     assert json.loads(metrics.read_text("utf-8"))["accuracy"] == expected["accuracy"]
     assert others.stat().st_mtime == untouched
 
 
-def test_another_recipe_is_refused_before_anything_runs(finished: Path, texts_file: Path) -> None:
+def test_another_recipe_is_refused_before_anything_runs(finished: Path, texts: Path) -> None:
     """The run directory says what differs."""
     with pytest.raises(UsageError, match=r"arm-3-generative/seed-0 was started with another recip"):
-        prepared(texts_file, finished, "1,3", assignments=("max_grad_norm=0.5",))
+        prepared(texts, finished, "1,3", assignments=("max_grad_norm=0.5",))
 
 
-def test_a_classical_arm_is_fitted_anew_for_another_recipe(
-    texts_file: Path, tmp_path: Path
-) -> None:
+def test_a_classical_arm_is_fitted_anew_for_another_recipe(texts: Path, tmp_path: Path) -> None:
     """It takes seconds, so nobody is sent away; what changed is seen in its numbers."""
-    compared(texts_file, tmp_path / "c", "1", never)
+    compared(texts, tmp_path / "c", "1", never)
     metrics = tmp_path / "c" / "arm-1-tfidf" / "seed-0" / "evaluation" / "metrics.json"
-    assert "on the 68 training documents" in json.loads(metrics.read_text("utf-8"))["description"]
-    compared(texts_file, tmp_path / "c", "1", never, assignments=("train_documents_per_class=5",))
-    assert "on the 15 training documents" in json.loads(metrics.read_text("utf-8"))["description"]
+    assert "on the 45 training documents" in json.loads(metrics.read_text("utf-8"))["description"]
+    compared(texts, tmp_path / "c", "1", never, assignments=("train_documents_per_class=5",))
+    assert "on the 10 training documents" in json.loads(metrics.read_text("utf-8"))["description"]
 
 
-def test_seeds_and_learning_curves(texts_file: Path, tmp_path: Path) -> None:
+def test_seeds_and_learning_curves(texts: Path, tmp_path: Path) -> None:
     """Each point has an accuracy per seed, the last is the full run; seeds keep the test split."""
     document, code = compared(
-        texts_file, tmp_path / "c", "1", never, num_seeds=3, train_documents=[8, 4]
+        texts, tmp_path / "c", "1", never, num_seeds=3, train_documents=[8, 4]
     )
     assert (code, document["seeds"]) == (ExitCode.DONE, [0, 1, 2])
     for entry in document["entries"]:
@@ -326,8 +327,20 @@ def test_seeds_and_learning_curves(texts_file: Path, tmp_path: Path) -> None:
     assert all(split == splits[0] for split in splits)
 
 
+def test_a_point_with_all_documents_is_the_full_run(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is fitted twice on the same documents, and the person hears why."""
+    document, _ = compared(texts, tmp_path / "c", "1a", never, train_documents=[1000])
+    most = max(document["class_counts"]["train"])
+    said = f"--train-documents 1000: no class has more than {most} training documents"
+    assert said in capsys.readouterr().err
+    (entry,) = document["entries"]
+    assert [x["documents_per_class"] for x in entry["curves"]["training_documents"]] == [most]
+
+
 def test_a_comparison_that_is_stopped_goes_on(
-    finished: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A signal in the middle of a training leaves a readable comparison of what is done, and the
     next start ends with the models of one that nothing stopped."""
@@ -336,14 +349,14 @@ def test_a_comparison_that_is_stopped_goes_on(
     with monkeypatch.context() as patch:
         stop_at_question(patch, 5)
         with pytest.raises(typer.Exit) as stopped:
-            compared(texts_file, directory, "1a,3", write_report=reports.append)
+            compared(texts, directory, "1a,3", write_report=reports.append)
     assert stopped.value.exit_code == ExitCode.STOPPED
     assert reports == [directory]
     left = read_comparison(directory)
     assert [entry["status"] for entry in left["entries"]] == ["done", "missing"]
     assert left["verdict"][0].startswith("Only TF-IDF + logistic regression (1a) is evaluated")
 
-    document, code = compared(texts_file, directory, "1a,3")
+    document, code = compared(texts, directory, "1a,3")
     assert code == ExitCode.DONE
     assert len(done_entries(document)) == 2
     run = Path("arm-3-generative", "seed-0")
@@ -351,7 +364,7 @@ def test_a_comparison_that_is_stopped_goes_on(
 
 
 def test_a_training_that_fails_does_not_end_the_comparison(
-    texts_file: Path, tmp_path: Path
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is listed with what its trainer said; what stands on it says so; the rest is done, and
     the exit code is the failure's."""
@@ -363,7 +376,7 @@ def test_a_training_that_fails_does_not_end_the_comparison(
         (launch.run_directory / "status.json").write_text(json.dumps(status), "utf-8")
         return 3
 
-    document, code = compared(texts_file, tmp_path / "c", "1a,3,4", failing)
+    document, code = compared(texts, tmp_path / "c", "1a,3,4", failing)
     assert (code, launched) == (ExitCode.DOES_NOT_FIT, ["arm-3-generative", "base"])
     missing = {entry["id"]: entry["why_missing"] for entry in document["entries"]}
     assert missing == {
@@ -371,22 +384,24 @@ def test_a_training_that_fails_does_not_end_the_comparison(
         "3": "The GPU ran out of memory.",
         "4": "Its base is missing: The GPU ran out of memory.",
     }
+    said = capsys.readouterr().err
+    assert said.count("The GPU ran out of memory.") == 1  # the launcher has said it the other times
 
 
-def test_without_any_arm_that_can_run_nothing_is_written(texts_file: Path, tmp_path: Path) -> None:
+def test_without_any_arm_that_can_run_nothing_is_written(texts: Path, tmp_path: Path) -> None:
     """Zero-shot alone on random weights is an error, not an empty report."""
     with pytest.raises(UserError, match="None of these arms can run here"):
-        compared(texts_file, tmp_path / "c", "2", never)
+        compared(texts, tmp_path / "c", "2", never)
     assert not (tmp_path / "c").exists()
 
 
-def test_other_directories_are_left_alone(texts_file: Path, tmp_path: Path) -> None:
+def test_other_directories_are_left_alone(texts: Path, tmp_path: Path) -> None:
     """A folder with other things in it is not written into, and neither is a file."""
     (tmp_path / "holiday.jpg").touch()
     with pytest.raises(UsageError, match=r"holds files and no comparison\.json"):
-        prepared(texts_file, tmp_path, "1")
+        prepared(texts, tmp_path, "1")
     with pytest.raises(UsageError, match=r"holiday\.jpg is a file"):
-        prepared(texts_file, tmp_path / "holiday.jpg", "1")
+        prepared(texts, tmp_path / "holiday.jpg", "1")
 
 
 def test_data_that_is_not_there_is_said_first(tmp_path: Path) -> None:
@@ -396,9 +411,9 @@ def test_data_that_is_not_there_is_said_first(tmp_path: Path) -> None:
 
 
 def test_what_the_arms_decide_has_no_effect_and_is_said(
-    texts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A seed from `--set` is overruled with a warning."""
-    comparison = prepared(texts_file, tmp_path / "c", "3", assignments=("seed=7",))
+    comparison = prepared(texts, tmp_path / "c", "3", assignments=("seed=7",))
     assert comparison.runs[0].recipe.seed == 0
     assert "seed = 7 (from --set) has no effect" in capsys.readouterr().err
