@@ -170,6 +170,80 @@ _ROWS = (
 
 ARMS: Mapping[str, ArmSpec] = MappingProxyType({row.id: row for row in _ROWS})
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contrast:
+    """Two entries that differ in one thing; the difference is the accuracy of `entry` less that of
+    `against`. `in_verdict`: whether the verdict has a sentence about it."""
+
+    topic: str
+    question: str
+    entry: str
+    against: str
+    in_verdict: bool = True
+
+
+# In the order of the project's questions.
+CONTRASTS = (
+    Contrast(
+        topic="Objective",
+        question="a classification head or language models, on the same backbone?",
+        entry="5",
+        against="3",
+    ),
+    Contrast(
+        topic="Backbone",
+        question="the encoder or GPT-2, both with a head?",
+        entry="6",
+        against="5",
+    ),
+    Contrast(
+        topic="Estimator",
+        question="the same masks for all classes, or each its own?",
+        entry="7b",
+        against="7a",
+    ),
+    Contrast(
+        topic="Estimator",
+        question="every token masked once, alone, or random masks of each class's own?",
+        entry="7c",
+        against="7a",
+    ),
+    Contrast(
+        topic="Architecture",
+        question="causal language models, or masked ones with their best estimator?",
+        entry="3",
+        against="7c",
+        in_verdict=False,
+    ),
+    Contrast(
+        topic="LoRA",
+        question="adapters on one shared base, or all weights?",
+        entry="4",
+        against="3",
+    ),
+    Contrast(
+        topic="Discriminative term",
+        question="beside the likelihood, or the likelihood alone?",
+        entry="8",
+        against="3",
+    ),
+    Contrast(
+        topic="Language model",
+        question="GPT-2 or n-gram counts, in the same Bayes' rule?",
+        entry="3",
+        against="1b",
+        in_verdict=False,
+    ),
+    Contrast(
+        topic="Training",
+        question="on this data, or a prompt?",
+        entry="3",
+        against="2",
+        in_verdict=False,
+    ),
+)
+
 # What a LoRA arm stands on where there are no pretrained weights: one language model of all text.
 BASE_DIRECTORY = "base"
 BASE_VALUES: Mapping[str, object] = MappingProxyType({"objective": "unconditional"})

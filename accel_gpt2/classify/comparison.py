@@ -6,7 +6,6 @@ of a difference is the luck of a training.
 """
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from accel_gpt2.classify.curves import log_ratio_histograms, risk_coverage
 from accel_gpt2.classify.describe import describe_environment
 from accel_gpt2.classify.entry_scores import EntryScores, read_scores, tokens_read
 from accel_gpt2.classify.evaluations import read_metrics, read_out_of_distribution
-from accel_gpt2.classify.statistics import compare_pairs
+from accel_gpt2.classify.statistics import accuracy_over_seeds, compare_pairs
 from accel_gpt2.classify.untrained import read_compared_data
 from accel_gpt2.classify.verdict import verdict_sentences
 from accel_gpt2.durable import write_json
@@ -195,7 +194,7 @@ def _entry(
         "directories": [run.directory for run in full],
         "recipe": _recipe(comparison.path(first)) if done and arm.trained else None,
         "metrics": None if metrics is None else {key: metrics.get(key) for key in _METRICS},
-        "by_seed": _by_seed(comparison, arm, full),
+        "by_seed": _by_seed(comparison, arm, full) if done else None,
         "curves": {
             "training_documents": _training_documents(comparison, arm, runs),
             "tokens_read": None if scores is None else tokens_read(scores),
@@ -219,19 +218,19 @@ def _recipe(run_directory: Path) -> dict[str, Any]:
 
 
 def _by_seed(comparison: Comparison, arm: ArmSpec, runs: Sequence[PlannedRun]) -> dict[str, Any]:
-    """What each seed's full run has come to; the spread is None below two of them."""
-    read = [(run.seed, read_metrics(comparison.path(run), arm)) for run in runs]
-    known = [(seed, metrics) for seed, metrics in read if metrics is not None]
-    accuracies = [metrics["accuracy"] for _, metrics in known]
+    """What each seed's full run has come to, and how far another seed, or other test documents,
+    would have moved it."""
+    known = [
+        (run, metrics)
+        for run in runs
+        if (metrics := read_metrics(comparison.path(run), arm)) is not None
+    ]
+    scores = [read_scores(comparison.path(run), arm) for run, _ in known]
     return {
-        "seeds": [seed for seed, _ in known],
-        "accuracy": accuracies,
+        "seeds": [run.seed for run, _ in known],
+        **accuracy_over_seeds([x.predictions == x.labels for x in scores]),
         "macro_f1": [metrics["macro_f1"] for _, metrics in known],
         "nll": [metrics["calibrated"]["nll"] for _, metrics in known],
-        "accuracy_mean": statistics.fmean(accuracies) if accuracies else None,
-        "accuracy_standard_deviation": (
-            statistics.stdev(accuracies) if len(accuracies) > 1 else None
-        ),
     }
 
 

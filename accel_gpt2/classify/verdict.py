@@ -6,17 +6,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from accel_gpt2.catalog.arms import CONTRASTS
 from accel_gpt2.units import format_seconds
-
-# What two entries differ in; of the second one it is said how it compares with the first.
-_CONTRASTS = (
-    ("Objective", "3", "5"),
-    ("Backbone", "5", "6"),
-    ("Estimator", "7a", "7b"),
-    ("Estimator", "7a", "7c"),
-    ("LoRA", "3", "4"),
-    ("Discriminative term", "3", "8"),
-)
 
 
 def verdict_sentences(
@@ -46,10 +37,11 @@ def verdict_sentences(
             f"No arm is better than always answering the largest class ({_percent(majority)})."
         )
     by_id = {entry["id"]: entry for entry in done}
-    for topic, first, second in _CONTRASTS:
-        if first in by_id and second in by_id:
-            pair = _pair(pairs, second, first)
-            sentences.append(f"{topic}: {_contrast(by_id[second], by_id[first], pair)}")
+    for contrast in CONTRASTS:
+        if contrast.in_verdict and {contrast.entry, contrast.against} <= by_id.keys():
+            pair = _pair(pairs, contrast.entry, contrast.against)
+            outcome = _contrast(by_id[contrast.entry], by_id[contrast.against], pair)
+            sentences.append(f"{contrast.topic}: {outcome}")
     return sentences
 
 
@@ -75,14 +67,14 @@ def _costs(best: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     return f"Training took {_cost(best)} for {best['id']} and {_cost(other)} for {other['id']}."
 
 
-def _contrast(second: Mapping[str, Any], first: Mapping[str, Any], pair: Mapping[str, Any]) -> str:
+def _contrast(entry: Mapping[str, Any], against: Mapping[str, Any], pair: Mapping[str, Any]) -> str:
     difference = pair["accuracy_difference"]
     if difference == 0:
-        return f"{_called(second)} and {_called(first)} get equally many documents right."
+        return f"{_called(entry)} and {_called(against)} get equally many documents right."
     side = "above" if difference > 0 else "below"
     chance = "" if pair["significant"] else ", which may be chance"
     return (
-        f"{_called(second)} is {_points(difference)} {side} {_called(first)}{chance} "
+        f"{_called(entry)} is {_points(difference)} {side} {_called(against)}{chance} "
         f"({_test(pair)})."
     )
 

@@ -1,5 +1,6 @@
 """`report`: one HTML page and its pictures from a run directory."""
 
+from accel_gpt2.cli.comparison_runs import COMPARISON_FILE
 from accel_gpt2.cli.options import DebugOption, JsonOption, RunArgument
 from accel_gpt2.cli.output import print_json, print_line
 from accel_gpt2.cli.run_directory import require_run
@@ -8,11 +9,14 @@ from accel_gpt2.cli.run_directory import require_run
 def report(
     run_directory: RunArgument, json: JsonOption = False, debug: DebugOption = False
 ) -> None:
-    """Write a run's report: one HTML page and its pictures."""
-    require_run(run_directory)
-    from accel_gpt2.report import write_report
+    """Write a run's or a comparison's report: one HTML page and its pictures."""
+    from accel_gpt2.report import write_comparison_report, write_report
 
-    path = write_report(run_directory)
+    if (run_directory / COMPARISON_FILE).is_file():
+        path = write_comparison_report(run_directory)
+    else:
+        require_run(run_directory)
+        path = write_report(run_directory)
     if json:
         print_json({"report": str(path)})
     else:

@@ -44,6 +44,7 @@ class BySeed(TypedDict, total=False):
     accuracy: list[float | None]
     accuracy_mean: float | None
     accuracy_standard_deviation: float | None
+    accuracy_standard_error_of_test: float | None
 
 
 @with_config(_FORM)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from accel_gpt2.catalog.arms import CONTRASTS
 from accel_gpt2.report.comparison_form import Comparison, Entry, Pair, entries_done, metrics_of
 from accel_gpt2.report.elements import (
     UNKNOWN,
@@ -26,19 +27,6 @@ OUT_OF_DISTRIBUTION_SCORES = {
     "auroc_per_token": "likelihood per token",
     "auroc_max_probability": "largest probability",
 }
-
-# What two entries that differ in one thing say about it, in the order of the project's questions.
-_QUESTIONS = (
-    ("Objective: language models or a classification head on the same backbone?", "3", "5"),
-    ("Backbone: GPT-2 or the encoder, both with a head?", "5", "6"),
-    ("Estimator: the same masks for all classes instead of each its own?", "7b", "7a"),
-    ("Estimator: every token masked once instead of shared random masks?", "7c", "7b"),
-    ("Architecture: causal language models or masked ones with their best estimator?", "3", "7c"),
-    ("Fine-tuning: all weights or LoRA on one shared base?", "3", "4"),
-    ("A discriminative term beside the likelihood?", "8", "3"),
-    ("GPT-2 or n-gram counts in the same Bayes' rule?", "3", "1b"),
-    ("Training at all, or a prompt?", "3", "2"),
-)
 
 
 def result_tables(comparison: Comparison) -> list[Table]:
@@ -256,14 +244,14 @@ def _questions_table(comparison: Comparison) -> Table:
         header=("Question", "Entries", "Outcome", "Difference, points", "95% interval"),
         rows=tuple(
             (
-                question,
-                f"{a} against {b}",
+                f"{contrast.topic}: {contrast.question}",
+                f"{contrast.entry} against {contrast.against}",
                 _outcome(pair),
                 points(pair["accuracy_difference"]),
                 _optional(points_interval, pair.get("interval_95")),
             )
-            for question, a, b in _QUESTIONS
-            if (pair := pairs.get((a, b)))
+            for contrast in CONTRASTS
+            if (pair := pairs.get((contrast.entry, contrast.against)))
         ),
         num_text_columns=3,
     )
