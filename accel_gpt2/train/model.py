@@ -404,18 +404,17 @@ def _add_lora(model: Any, recipe: TrainRecipe) -> Any:
     if not targets:
         targets = list(_GPT2_PROJECTIONS) if conv1d else "all-linear"
     torch.manual_seed(recipe.seed)
+    config = LoraConfig(
+        task_type=_LORA_TASKS.get(recipe.objective),
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=targets,
+        fan_in_fan_out=conv1d,
+    )
     try:
-        return get_peft_model(
-            model,
-            LoraConfig(
-                task_type=_LORA_TASKS.get(recipe.objective),
-                r=recipe.lora_rank,
-                lora_alpha=recipe.lora_alpha,
-                lora_dropout=recipe.lora_dropout,
-                target_modules=targets,
-                fan_in_fan_out=conv1d,
-            ),
-        )
+        with quiet_transformers():
+            return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"LoRA found nothing to adapt in {recipe.model}: {error}") from error
 
