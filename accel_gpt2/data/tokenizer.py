@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.data.cache import cached_file, content_key
 from accel_gpt2.data.hub import HubAnswer, ask_hub, why_unreachable
-from accel_gpt2.data.local_models import local_model
 from accel_gpt2.data.progress import document_progress
 from accel_gpt2.data.quiet import quiet_transformers
-from accel_gpt2.data.weights import weights_location
+from accel_gpt2.data.weights import local_model, weights_location
 from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import TrainRecipe
 

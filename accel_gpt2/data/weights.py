@@ -1,16 +1,27 @@
 """Where a model's weights are; without torch, so that the launcher can ask before it starts one."""
 
 import os
+from pathlib import Path
 
 from accel_gpt2.catalog.models import MODELS
-from accel_gpt2.data.local_models import local_model
 from accel_gpt2.errors import UsageError
+
+MODELS_VARIABLE = "ACCEL_GPT2_MODELS"
+
+
+def local_model(name: str) -> Path | None:
+    """The directory of a model: the path itself, or `name` in the folder of ACCEL_GPT2_MODELS.
+
+    None where neither holds a config.json.
+    """
+    folder = os.environ.get(MODELS_VARIABLE)
+    candidates = [Path(name), *([Path(folder).expanduser() / name] if folder else [])]
+    # os.path, which takes every string for a name, as pathlib does not.
+    return next((path for path in candidates if os.path.isfile(path / "config.json")), None)
 
 
 def weights_location(model: str) -> str:
     """What `from_pretrained` is given: a local directory where there is one, else the hub id.
-
-    `ACCEL_GPT2_MODELS` names a folder that is looked in first (`<folder>/gpt2`).
 
     Raises:
         UsageError: when the model has no pretrained weights anywhere.
