@@ -13,6 +13,9 @@ from accel_gpt2.cli.run_directory import RECIPE_FILE, require_run
 from accel_gpt2.errors import UsageError
 from accel_gpt2.recipe import Pll, read_layer, resolve
 
+# Accuracy that calibration changes by less is noise on most test splits.
+_WORTH_SAYING = 0.01
+
 
 def evaluate(
     run_directory: RunArgument,
@@ -53,6 +56,16 @@ def evaluate(
         show_metrics(metrics)
     if report is not None:
         say(f"Report: {report}")
+
+
+def _say_what_calibration_changes(metrics: Mapping[str, Any]) -> None:
+    calibrated = (metrics.get("calibrated") or {}).get("accuracy")
+    if calibrated is not None and abs(calibrated - metrics["accuracy"]) >= _WORTH_SAYING:
+        say(
+            f"With calibrated probabilities the accuracy is {calibrated:.3f}: some classes' models "
+            "have learnt more than others', which calibration takes out and Bayes' rule alone "
+            "does not."
+        )
 
 
 def evaluate_and_report(
@@ -106,6 +119,7 @@ def show_metrics(metrics: Mapping[str, Any]) -> None:
             _row("majority class", {"accuracy": metrics.get("majority_class_accuracy")}),
         ],
     )
+    _say_what_calibration_changes(metrics)
 
 
 def _name(metrics: Mapping[str, Any]) -> str:

@@ -85,3 +85,13 @@ def test_the_table_shows_both_whichever_wins(
     assert rows[1][-4:] == ["regression", "0.950", "0.940-0.960", "0.949"]
     assert rows[2] == ["majority", "class", "0.400"]
     assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(("calibrated", "said"), [(0.925, True), (0.915, False)])
+def test_a_calibration_that_changes_the_answer_is_mentioned(
+    capsys: pytest.CaptureFixture[str], calibrated: float, said: bool
+) -> None:
+    """From one point on; below that it is noise."""
+    block = {**METRICS["calibrated"], "accuracy": calibrated}
+    show_metrics({**METRICS, "calibrated": block})
+    assert (f"the accuracy is {calibrated}" in capsys.readouterr().err) == said
