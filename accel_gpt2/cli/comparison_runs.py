@@ -27,7 +27,7 @@ from accel_gpt2.cli.run_directory import (
     default_run_directory,
 )
 from accel_gpt2.cli.train import TrainChoice, choose, launch_training
-from accel_gpt2.errors import ExitCode, UsageError, UserError
+from accel_gpt2.errors import ExitCode, StoppedEarly, UsageError, UserError
 from accel_gpt2.failures import mark_as_told
 from accel_gpt2.plan.comparison import DECIDED_FIELDS, PlannedRun, default_encoder, plan_runs
 from accel_gpt2.recipe import Init, Layer, TrainRecipe
@@ -264,6 +264,7 @@ def run_comparison(
     Raises:
         UserError: when no arm can run here, or as a start of `train` or `evaluate` does.
         typer.Exit: with the trainer's exit code, when it was stopped.
+        StoppedEarly: when it was stopped before it began.
     """
     missing = {run.planned.directory: run.cannot for run in prepared.runs if run.cannot}
     possible = [run for run in prepared.runs if not run.cannot]
@@ -310,7 +311,7 @@ def run_comparison(
                 if time.monotonic() - drawn > _REPORT_EVERY_SECONDS:
                     write_report(prepared.directory)
                     drawn = time.monotonic()
-        except typer.Exit:
+        except (typer.Exit, StoppedEarly):
             write_report(prepared.directory)
             raise
         write_report(prepared.directory)

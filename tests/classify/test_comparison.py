@@ -363,6 +363,18 @@ def test_a_comparison_that_is_stopped_goes_on(
     assert_same_models(directory / run, finished / run)
 
 
+def test_a_stop_before_a_training_began_leaves_a_report(texts: Path, tmp_path: Path) -> None:
+    """A signal while the launcher is still starting ends the comparison too."""
+
+    def stopped(launch: Launch) -> int:
+        raise StoppedEarly("Stopped by SIGTERM before the training began.", ExitCode.STOPPED)
+
+    reports: list[Path] = []
+    with pytest.raises(StoppedEarly, match="before the training began"):
+        compared(texts, tmp_path / "c", "1a,3", stopped, write_report=reports.append)
+    assert reports == [tmp_path / "c"]
+
+
 def test_a_training_that_fails_does_not_end_the_comparison(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
