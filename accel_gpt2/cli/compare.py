@@ -13,11 +13,8 @@ import typer
 from accel_gpt2.catalog.arms import ARMS
 from accel_gpt2.catalog.datasets import DATASETS
 from accel_gpt2.catalog.models import MODELS, ModelType
-from accel_gpt2.cli.comparison_runs import (
-    PreparedComparison,
-    prepare_comparison,
-    run_comparison,
-)
+from accel_gpt2.cli.comparison_loop import run_comparison
+from accel_gpt2.cli.comparison_runs import PreparedComparison, prepare_comparison
 from accel_gpt2.cli.options import (
     DebugOption,
     JsonOption,

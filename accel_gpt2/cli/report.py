@@ -9,7 +9,7 @@ from accel_gpt2.cli.run_directory import require_run
 def report(
     run_directory: RunArgument, json: JsonOption = False, debug: DebugOption = False
 ) -> None:
-    """Write a run's or a comparison's report: one HTML page and its pictures."""
+    """Write a run's or comparison's report: a page and its pictures."""
     from accel_gpt2.report import write_comparison_report, write_report
 
     if (run_directory / COMPARISON_FILE).is_file():

@@ -16,7 +16,8 @@ from sklearn.metrics import f1_score
 
 from accel_gpt2.catalog.arms import ARMS
 from accel_gpt2.classify.fit import fit
-from accel_gpt2.cli.comparison_runs import PreparedComparison, prepare_comparison, run_comparison
+from accel_gpt2.cli.comparison_loop import run_comparison
+from accel_gpt2.cli.comparison_runs import PreparedComparison, prepare_comparison
 from accel_gpt2.cli.launcher import Launch
 from accel_gpt2.cli.options import TrainOptions, command_line_layers
 from accel_gpt2.errors import ExitCode, StoppedEarly, UsageError, UserError
