@@ -166,12 +166,15 @@ class ResolvedRecipe:
 # (Brown et al. 2020, table 2.1), and its weight decay.
 _SCRATCH_DEFAULTS = MappingProxyType({"learning_rate": 6e-4, "weight_decay": 0.1})
 
+# So do adapters, which start at zero: that of LoRA's own GPT-2 runs (Hu et al. 2021, table 11).
+_LORA_DEFAULTS = MappingProxyType({"learning_rate": 2e-4})
+
 
 def resolve(layers: Sequence[Layer]) -> ResolvedRecipe:
     """Lay values over one another, later layers first in right, and check the outcome.
 
-    Between the defaults and `layers` stands what random weights want, where they are chosen, and
-    what the model's catalog row says. All problems are reported at once.
+    Between the defaults and `layers` stands what random weights or adapters want, where they are
+    chosen, and what the model's catalog row says. All problems are reported at once.
 
     Raises:
         UsageError: for unknown keys, values of a wrong type or range, and contradictions.
@@ -188,8 +191,10 @@ def resolve(layers: Sequence[Layer]) -> ResolvedRecipe:
     model = TrainRecipe().model if model is None else model
     row = MODELS.get(model) if isinstance(model, str) else None
     rows = [] if row is None else [Layer(origin=f"model {model}", values=row.recipe_defaults)]
-    init = next((x.values["init"] for x in [*layers[::-1], *rows] if "init" in x.values), None)
-    if init == "scratch":
+    chosen = {key: value for x in [*rows, *layers] for key, value in x.values.items()}
+    if chosen.get("finetuning") == "lora":
+        rows.insert(0, Layer(origin="finetuning lora", values=_LORA_DEFAULTS))
+    if chosen.get("init") == "scratch":
         rows.insert(0, Layer(origin="init scratch", values=_SCRATCH_DEFAULTS))
 
     values: dict[str, object] = dataclasses.asdict(TrainRecipe())

@@ -347,3 +347,44 @@ def test_a_written_recipe_is_read_back_equal(recipe_file: Path, values: dict[str
     recipe = recipe_of(**values)
     recipe_file.write_text(to_yaml(recipe), encoding="utf-8")
     assert resolve([read_layer(recipe_file)]).recipe == recipe
+
+
+@pytest.mark.parametrize(
+    ("values", "learning_rate", "origin"),
+    [
+        ({}, 5e-5, "default"),
+        ({"finetuning": "lora"}, 2e-4, "finetuning lora"),
+        ({"init": "scratch"}, 6e-4, "init scratch"),
+        ({"model": "gpt2-tiny"}, 2e-3, "model gpt2-tiny"),
+        ({"model": "roberta-tiny", "objective": "masked_lm"}, 5e-4, "model roberta-tiny"),
+        ({"finetuning": "lora", "learning_rate": 1e-3}, 1e-3, "test"),
+    ],
+)
+def test_the_learning_rate_follows_what_is_trained(
+    values: dict[str, object], learning_rate: float, origin: str
+) -> None:
+    """Published weights, adapters and random weights want different ones; what is given holds."""
+    resolved = resolve([Layer(origin="test", values=values)])
+    assert (resolved.recipe.learning_rate, resolved.origins["learning_rate"]) == (
+        learning_rate,
+        origin,
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"model": "roberta-base"}, "sees a token's right side too"),
+        ({"model": "roberta-tiny", "objective": "hybrid"}, "sees a token's right side too"),
+        ({"model": "gpt2", "objective": "masked_lm"}, "has no mask token"),
+        ({"objective": "hybrid", "finetuning": "lora"}, "trained whole, side by side"),
+        ({"objective": "classify"}, "objective = 'classify'"),
+        ({"objective": "masked_lm", "mask_fraction": 1.0}, "mask_fraction = 1.0"),
+    ],
+)
+def test_an_objective_that_a_model_cannot_have_is_refused(
+    values: dict[str, object], match: str
+) -> None:
+    """Before anything is loaded, with what to give instead."""
+    with pytest.raises(UsageError, match=match):
+        resolve([Layer(origin="test", values=values)])
