@@ -37,9 +37,10 @@ def test_what_can_fit_fits(profile: HardwareProfile) -> None:
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda profile: profile.name)
 def test_defaults_make_a_valid_recipe_and_leave_the_global_batch(profile: HardwareProfile) -> None:
     """A profile's values pass the strict reader, and the global batch is the same everywhere."""
-    assert len(MODELS) == 7
+    assert len(MODELS) == 11
     for model in MODELS.values():
-        model_layer = Layer(origin="--model", values={"model": model.name})
+        objective = "generative" if model.model_type == "gpt2" else "masked_lm"
+        model_layer = Layer(origin="--model", values={"model": model.name, "objective": objective})
         values = profile_recipe_defaults(profile, model)
         assert set(values) <= set(FIELDS)
         with_profile = resolve([Layer(origin="profile", values=values), model_layer]).recipe
