@@ -18,6 +18,7 @@ from accel_gpt2.durable import write_json
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.model import load_final_tokenizer
 from accel_gpt2.train.processes import build_accelerator
+from accel_gpt2.train.progress import TrainProgress
 
 MOST_DOCUMENTS = 2000
 
@@ -42,14 +43,17 @@ def read_other_texts(dataset: str, *, progress: bool = False) -> OtherTexts:
     return OtherTexts(dataset=dataset, texts=[texts[index] for index in sorted(chosen)])
 
 
-def judge_trained(run_directory: Path, arm: ArmSpec, others: OtherTexts) -> None:
+def judge_trained(
+    run_directory: Path, arm: ArmSpec, others: OtherTexts, *, quiet: bool = False
+) -> None:
     """Score the other texts under a trained run, and write how far they stand apart.
 
     Raises:
         UserError: when the run or its evaluation is damaged.
     """
     run = open_run(run_directory)
-    scores = score_texts(run, others.texts, build_accelerator(run.recipe))
+    with TrainProgress(shown=True, quiet=quiet) as progress:
+        scores = score_texts(run, others.texts, build_accelerator(run.recipe), progress)
     tokenizer = load_final_tokenizer(run.finals[0])
     documents = InMemoryDocuments(tokenizer.encode(others.texts, run.recipe.max_length))
     write_out_of_distribution(run_directory, arm, others, scores.values, documents.lengths - 1)

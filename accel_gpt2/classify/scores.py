@@ -6,6 +6,7 @@ classification head was trained.
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,21 +67,43 @@ def load_scorer(run: Run, index: int, pll: Pll = "full") -> TransformersModel:
     return load_final(run.finals[index], recipe, class_names=run.class_names, pll=estimator)
 
 
-def score_texts(run: Run, texts: list[str], accelerator: Any) -> Scores:
+def score_texts(
+    run: Run, texts: list[str], accelerator: Any, progress: TrainProgress | None = None
+) -> Scores:
     """Score texts that belong to no class here; one model is in memory at a time."""
     tokenizer = load_final_tokenizer(run.finals[0])
     documents = InMemoryDocuments(tokenizer.encode(texts, run.recipe.max_length))
     started = time.monotonic()
-    columns = [
-        score_documents(
-            load_scorer(run, index).to(accelerator.device),
-            documents,
-            micro_batch_tokens=run.recipe.micro_batch_tokens,
-            accelerator=accelerator,
+    columns = []
+    for index, name in enumerate(_model_names(run)):
+        label = f"other texts under {name} ({index + 1}/{len(run.finals)})"
+        columns.append(
+            score_documents(
+                load_scorer(run, index).to(accelerator.device),
+                documents,
+                micro_batch_tokens=run.recipe.micro_batch_tokens,
+                accelerator=accelerator,
+                on_batch=_shown(progress, label, len(texts)),
+            )
         )
-        for index in range(len(run.finals))
-    ]
     return Scores(values=np.column_stack(columns), seconds=time.monotonic() - started)
+
+
+def _shown(progress: TrainProgress | None, label: str, total: int) -> Callable[[int], None]:
+    """What is called after each batch: the bar, with documents per second."""
+    started = time.monotonic()
+    done = 0
+    if progress is not None:
+        progress.start(label, total)
+
+    def on_batch(num_documents: int) -> None:
+        nonlocal done
+        done += num_documents
+        rate = done / max(1e-9, time.monotonic() - started)
+        if progress is not None:
+            progress.update(label, done, total, f"{rate:.0f} documents/s")
+
+    return on_batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,22 +154,13 @@ def score_run(
         is_causal = run.recipe.objective in {"generative", "hybrid"}
         num_targets = int(tokens.lengths.sum(dtype=np.int64)) - len(tokens)
         token_scores = np.zeros(num_targets, dtype=np.float32) if is_causal else None
-        progress.start(label, len(tokens))
         started = time.monotonic()
-        done = 0
-
-        def on_batch(num_documents: int, label: str = label, started: float = started) -> None:
-            nonlocal done
-            done += num_documents
-            rate = done / max(1e-9, time.monotonic() - started)
-            progress.update(label, done, len(tokens), f"{rate:.0f} documents/s")
-
         scores = score_documents(
             model,
             tokens,
             micro_batch_tokens=run.recipe.micro_batch_tokens,
             accelerator=accelerator,
-            on_batch=on_batch,
+            on_batch=_shown(progress, label, len(tokens)),
             token_scores=token_scores,
         )
         record = _ScoreRecord(

@@ -173,7 +173,7 @@ def _evaluate(run: PreparedRun, comparison: "Comparison") -> None:
         if arm.trained:
             evaluate_run(run.directory, pll=arm.pll, baseline=False, quiet=quiet)
             if others is not None and run.other_dataset_for(arm):
-                judge_trained(run.directory, arm, others)
+                judge_trained(run.directory, arm, others, quiet=quiet)
         elif arm.kind == "zero_shot":
             evaluate_zero_shot(
                 run.directory,
