@@ -5,7 +5,6 @@ Importing it loads no torch; fitting does.
 
 import functools
 import math
-import pickle
 import shutil
 import tempfile
 import warnings
@@ -278,7 +277,7 @@ class _TrainedRun:
             if path.is_file()
         }
         if not files:
-            raise pickle.PicklingError(
+            raise UserError(
                 f"{self.directory} is gone, and with it the trained models; bring it back, or fit "
                 "again."
             )

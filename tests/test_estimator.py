@@ -31,6 +31,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from accel_gpt2 import GenerativeClassifier
 from accel_gpt2.classify.predict import load_classifier
+from accel_gpt2.errors import UserError
 from accel_gpt2.train.stopping import StopRequest
 
 Make = Callable[..., GenerativeClassifier]
@@ -218,7 +219,7 @@ def test_an_output_directory_is_a_run_directory(
         make(output_dir=folder, max_steps=2).fit(texts[1:], labels[1:])
     assert (folder / "documents.parquet").read_bytes() == before
     shutil.rmtree(folder)
-    with pytest.raises(pickle.PicklingError, match="run is gone, and with it the trained models"):
+    with pytest.raises(UserError, match="run is gone, and with it the trained models"):
         pickle.dumps(first)
 
 

@@ -60,7 +60,11 @@ def read_scores(run_directory: Path, arm: ArmSpec) -> EntryScores:
             [table[f"{column}_{index}"].to_numpy() for index in range(num_classes)], axis=1
         )
         token_files = [folder / f"token_log_likelihoods-{i}.npy" for i in range(num_classes)]
-        tokens = tuple(np.load(file, mmap_mode="r") for file in token_files if file.is_file())
+        tokens = tuple(
+            np.load(file, mmap_mode="r", allow_pickle=False)
+            for file in token_files
+            if file.is_file()
+        )
         if arm.trained:
             log_prior = open_run(run_directory).log_prior
         else:

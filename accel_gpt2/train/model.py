@@ -273,13 +273,13 @@ def _auto_class(recipe: TrainRecipe) -> Any:
 
 
 def _pretrained(recipe: TrainRecipe, tokens: _Tokens, class_names: Sequence[str]) -> Any:
-    location = weights_location(recipe.model)
+    location, auto_class = weights_location(recipe.model), _auto_class(recipe)
     with _readable(f"weights of {recipe.model}"):
         config = _read_config(location)
         _apply_recipe(config, recipe)
         _set_tokens(config, tokens, recipe, class_names)
         torch.manual_seed(recipe.seed)  # a classification head is new
-        return _auto_class(recipe).from_pretrained(
+        return auto_class.from_pretrained(
             location,
             config=config,
             **_LOADING,
@@ -337,8 +337,9 @@ def _from_scratch(recipe: TrainRecipe, tokens: _Tokens, class_names: Sequence[st
     _set_tokens(config, tokens, recipe, class_names)
     # Every class starts from the same weights: what differs afterwards is what its text taught.
     torch.manual_seed(recipe.seed)
+    auto_class = _auto_class(recipe)
     with _readable(f"configuration of {recipe.model}"):
-        return _auto_class(recipe).from_config(config, dtype=torch.float32, trust_remote_code=False)
+        return auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 def _fresh_config(recipe: TrainRecipe, tokens: _Tokens) -> Any:

@@ -330,6 +330,7 @@ _OTHER: dict[str, Any] = {
     "finetuning": "lora",
     "lora_target_modules": ("c_attn",),
     "optimizer": "adafactor",
+    "objective": "classification",
     "lr_schedule": "linear",
     "mixed_precision": "bf16",
     "profile": "cpu",

@@ -57,8 +57,12 @@ def test_run_directory_is_as_described(trained_run: Path) -> None:
         assert (trained_run / name).is_file(), name
     run = open_run(trained_run)
     assert run.class_names == ("kitchen", "orbit", "river")
-    for index in range(3):
-        folder = run.class_directory(index)
+    assert [part.directory.name for part in run.parts] == [
+        "class-0-kitchen",
+        "class-1-orbit",
+        "class-2-river",
+    ]
+    for folder in (part.directory for part in run.parts):
         checkpoints = list_checkpoints(folder)
         assert 1 <= len(checkpoints) <= run.recipe.keep_checkpoints + 1
         for directory in [*checkpoints, folder / "best", folder / "final"]:

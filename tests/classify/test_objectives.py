@@ -24,7 +24,7 @@ from .runs import assert_close_models, assert_same_models, losses, train_and_sto
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "hybrid": {"objective": "hybrid"},
     "classification": {"objective": "classification"},
-    "encoder": {"objective": "classification", "model": "roberta-tiny"},
+    "encoder": {"objective": "classification", "model": "roberta-tiny", "learning_rate": 2e-3},
     "masked_lm": {"objective": "masked_lm", "model": "roberta-tiny"},
     "unconditional": {"objective": "unconditional"},
 }
