@@ -15,6 +15,9 @@ from scipy.stats import binomtest
 from accel_gpt2.catalog.arms import Kind
 from accel_gpt2.classify.bayes import FloatArray, IntArray
 
+# Of the best entry's gain over the most frequent class. The masked language models with whose
+# failure this project began had 0.29 of what GPT-2 gained on such reviews (61.7% and 90.1%).
+MIN_SHARE_OF_BEST_GAIN = 1 / 3
 # Unequal learning, not chance: below 50 documents a recall of 85% has a standard error above 5
 # points, and the gap between two of them one above 7.
 RECALL_GAP = 0.15
@@ -72,7 +75,8 @@ def find_alarms(
         _shared_documents(num_shared_documents, len(targets)),
         _label_order(targets, class_names),
     ]
-    near_chance = {entry.id: _near_chance(entry, targets) for entry in entries}
+    best = max((_accuracy(entry, targets) for entry in entries), default=0.0)
+    near_chance = {entry.id: _near_chance(entry, targets, best) for entry in entries}
     for entry in entries:
         alarms += [
             near_chance[entry.id],
@@ -158,28 +162,35 @@ def _label_order(targets: IntArray, class_names: Sequence[str]) -> dict[str, Any
     )
 
 
-def _near_chance(entry: Judged, targets: IntArray) -> dict[str, Any] | None:
-    """Accuracy that could be the majority class's: its interval reaches down to it."""
-    correct = np.asarray(entry.predictions) == targets
+def _accuracy(entry: Judged, targets: IntArray) -> float:
+    return float(np.mean(np.asarray(entry.predictions) == targets))
+
+
+def _near_chance(entry: Judged, targets: IntArray, best_accuracy: float) -> dict[str, Any] | None:
+    """Accuracy that could be the majority class's, or that is nearer to it than to the best
+    entry's by far."""
+    accuracy = _accuracy(entry, targets)
     majority = float(np.bincount(targets).max() / len(targets))
-    low = binomtest(int(correct.sum()), len(targets)).proportion_ci(method="wilson").low
-    # With one class there is nothing above the majority, and another alarm says so.
-    if low > majority or majority == 1.0:
+    if majority == 1.0:  # there is nothing above it, and another alarm says so
         return None
+    right = round(accuracy * len(targets))
+    low = binomtest(right, len(targets)).proportion_ci(method="wilson").low
+    what = (
+        f"{entry.label} gets {accuracy:.1%} of {len(targets):,} test documents right, which is not "
+        f"surely more than the {majority:.1%} of always answering the most frequent class."
+    )
+    if low > majority:
+        if accuracy - majority >= MIN_SHARE_OF_BEST_GAIN * (best_accuracy - majority):
+            return None
+        what = (
+            f"{entry.label} gets {accuracy:.1%} of {len(targets):,} test documents right, nearer "
+            f"to the {majority:.1%} of always answering the most frequent class than to the "
+            f"{best_accuracy:.1%} of the best entry."
+        )
     cause, next = (
         _INDEPENDENT_MASKS if entry.independent_masks else _NEAR_CHANCE_BY_KIND[entry.kind]
     )
-    return _alarm(
-        "near_chance",
-        (entry,),
-        what=(
-            f"{entry.label} gets {correct.mean():.1%} of {len(targets):,} test documents right, "
-            f"which is not surely more than the {majority:.1%} of always answering the most "
-            "frequent class."
-        ),
-        cause=cause,
-        next=next,
-    )
+    return _alarm("near_chance", (entry,), what=what, cause=cause, next=next)
 
 
 _UNDERTRAINED = (
@@ -293,20 +304,18 @@ def _diagonal(matrix: Sequence[Sequence[float | None]]) -> FloatArray:
 
 
 def _zero_shot_too_good(entries: Sequence[Judged], targets: IntArray) -> list[dict[str, Any]]:
-    def accuracy(entry: Judged) -> float:
-        return float(np.mean(np.asarray(entry.predictions) == targets))
-
     supervised = [entry for entry in entries if entry.kind != "zero_shot"]
     if not supervised:
         return []
-    best = max(supervised, key=accuracy)
+    best = max(supervised, key=lambda entry: _accuracy(entry, targets))
     return [
         _alarm(
             "zero_shot_too_good",
             (entry, best),
             what=(
-                f"{entry.label}, which was never trained on a label, gets {accuracy(entry):.1%} "
-                f"right, and the best trained entry, {best.label}, {accuracy(best):.1%}."
+                f"{entry.label}, which was never trained on a label, gets "
+                f"{_accuracy(entry, targets):.1%} right, and the best trained entry, "
+                f"{best.label}, {_accuracy(best, targets):.1%}."
             ),
             cause=(
                 "The benchmark is probably in the pretraining text of the model or the prompt "
@@ -318,5 +327,5 @@ def _zero_shot_too_good(entries: Sequence[Judged], targets: IntArray) -> list[di
             ),
         )
         for entry in entries
-        if entry.kind == "zero_shot" and accuracy(entry) >= accuracy(best)
+        if entry.kind == "zero_shot" and _accuracy(entry, targets) >= _accuracy(best, targets)
     ]

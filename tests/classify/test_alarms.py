@@ -109,6 +109,20 @@ def test_chance_is_the_majority_class(accuracy, alarmed):
     assert [alarm["kind"] for alarm in found] == ["near_chance"] * alarmed
 
 
+@pytest.mark.parametrize(("accuracy", "alarmed"), [(0.44, True), (0.52, False)])
+def test_nearer_to_chance_than_to_the_best(accuracy, alarmed):
+    """Surely above chance, and still an arm in which something failed: measured by the best one."""
+    masked = judged("7a", "masked", accuracy, independent_masks=True)
+    found = alarms(judged("3", accuracy=0.88), masked)
+    assert [alarm["entries"] for alarm in found] == [["7a"]] * alarmed
+    if alarmed:
+        (alarm,) = found
+        assert alarm["kind"] == "near_chance"
+        assert "nearer to the 25.0% of always answering the most frequent class" in alarm["what"]
+        assert "asked for other words" in alarm["cause"]
+    assert not alarms(masked)
+
+
 def test_few_documents_cannot_rule_out_chance():
     """The same 70% is an alarm on 20 documents and none on 1,000."""
     few = np.arange(20) % 2
