@@ -11,13 +11,15 @@ from typing import Annotated, Any
 import typer
 
 from accel_gpt2.catalog.arms import ARMS
-from accel_gpt2.catalog.datasets import DATASETS
 from accel_gpt2.catalog.models import MODELS, ModelType
 from accel_gpt2.cli.comparison_loop import run_comparison
 from accel_gpt2.cli.comparison_runs import PreparedComparison, prepare_comparison
 from accel_gpt2.cli.options import (
+    DatasetOption,
     DebugOption,
+    DryRunOption,
     JsonOption,
+    ProfileOption,
     QuietOption,
     TrainOptions,
     command_line_layers,
@@ -42,13 +44,7 @@ def _names(model_type: ModelType) -> str:
 
 
 def compare(
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            help=f"A catalog name ({', '.join(DATASETS)}), a file, a directory or a hub id. "
-            f"[default: {_DEFAULTS.dataset}]"
-        ),
-    ] = None,
+    dataset: DatasetOption = None,
     arms: Annotated[
         str,
         typer.Option(help=f"Numbers with commas between, or all: {_ARMS}."),
@@ -96,10 +92,7 @@ def compare(
         int | None,
         typer.Option(help="Longest document in tokens; the rest is cut, for all arms alike."),
     ] = None,
-    profile: Annotated[
-        str | None,
-        typer.Option(help="The machine; `accel-gpt2 profiles` lists them. [default: auto]"),
-    ] = None,
+    profile: ProfileOption = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(help="[default: runs/compare-<dataset>-<model>]"),
@@ -116,9 +109,7 @@ def compare(
             help="Any other recipe value for every arm, for instance epochs=1. Repeatable.",
         ),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be run, and stop.")
-    ] = False,
+    dry_run: DryRunOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,

@@ -30,6 +30,18 @@ DebugOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bars; only what matters.")]
+DatasetOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"A catalog name ({', '.join(DATASETS)}), a file, a directory or a hub id. "
+        f"[default: {_DEFAULTS.dataset}]"
+    ),
+]
+ProfileOption = Annotated[
+    str | None,
+    typer.Option(help="The machine; `accel-gpt2 profiles` lists them. [default: auto]"),
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would be run, and stop.")]
 RunArgument = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run directory, for instance runs/demo.")
 ]
@@ -71,13 +83,7 @@ def train_command(act: Callable[[TrainOptions], None]) -> Callable[..., None]:
             Finetuning | None,
             typer.Option(help="Train all weights, or a LoRA adapter."),
         ] = None,
-        dataset: Annotated[
-            str | None,
-            typer.Option(
-                help=f"A catalog name ({', '.join(DATASETS)}), a file, a directory or a hub id. "
-                f"[default: {_DEFAULTS.dataset}]"
-            ),
-        ] = None,
+        dataset: DatasetOption = None,
         max_length: Annotated[
             int | None,
             typer.Option(help="Longest document in tokens; the rest is cut."),
@@ -111,10 +117,7 @@ def train_command(act: Callable[[TrainOptions], None]) -> Callable[..., None]:
             ),
         ] = None,
         seed: Annotated[int | None, typer.Option(help="Of every random choice.")] = None,
-        profile: Annotated[
-            str | None,
-            typer.Option(help="The machine; `accel-gpt2 profiles` lists them. [default: auto]"),
-        ] = None,
+        profile: ProfileOption = None,
         output_dir: Annotated[
             Path | None,
             typer.Option(help="The run directory. [default: runs/<dataset>-<model>]"),
@@ -147,10 +150,7 @@ def train_command(act: Callable[[TrainOptions], None]) -> Callable[..., None]:
                 help="Any other recipe value, for instance dropout=0. Repeatable.",
             ),
         ] = None,
-        dry_run: Annotated[
-            bool,
-            typer.Option("--dry-run", help="Show what would be run, and stop."),
-        ] = False,
+        dry_run: DryRunOption = False,
         quiet: QuietOption = False,
         debug: DebugOption = False,
     ) -> None:
