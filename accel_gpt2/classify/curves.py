@@ -89,18 +89,6 @@ def risk_coverage(labels: npt.ArrayLike, log_probabilities: npt.ArrayLike) -> li
     return points
 
 
-def area_under_risk_coverage(labels: npt.ArrayLike, log_probabilities: npt.ArrayLike) -> float:
-    """The mean of the risk over every number of answered documents; lower is better.
-
-    Geifman, Uziel and El-Yaniv 2019 (arXiv:1805.08206). A classifier whose confidence says
-    nothing has its error rate as area.
-
-    >>> area_under_risk_coverage([0, 1], np.log([[0.9, 0.1], [0.6, 0.4]]))
-    0.25
-    """
-    return float(_risk_by_documents_answered(labels, log_probabilities).mean())
-
-
 def _risk_by_documents_answered(
     labels: npt.ArrayLike, log_probabilities: npt.ArrayLike
 ) -> FloatArray:

@@ -37,14 +37,6 @@ class Documents(Protocol):
         """Token ids of one document, shape [lengths[index]]."""
 
 
-class LabelledDocuments(Documents, Protocol):
-    """Tokenised documents whose classes are known."""
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """Index of each document's class, shape [num_documents]."""
-
-
 def epoch_batches(
     lengths: NDArray[Any],
     *,
