@@ -33,8 +33,15 @@ Init = Literal["pretrained", "scratch"]
 # hybrid: a causal LM per class, trained together with a discriminative term. classification: one
 # model with a classification head. unconditional: one causal LM of all text, a base for adapters.
 Objective = Literal["generative", "masked_lm", "hybrid", "classification", "unconditional"]
-MixedPrecision = Literal["no", "fp16", "bf16"]
-Finetuning = Literal["full", "lora"]
+# bf16 and fp16 keep fp32 weights and compute under autocast. pure_bf16: weights, gradients and
+# activations are bf16, and no fp32 copy exists; what rounding would lose of an update is kept by
+# `bf16_rounding`.
+MixedPrecision = Literal["no", "fp16", "bf16", "pure_bf16"]
+# How an update reaches a bf16 weight, whose steps of 2^-8 are mostly larger than the update.
+# stochastic: up or down by chance, so that the mean is right; no memory. kahan: what did not fit is
+# added to the next update; 2 bytes a parameter.
+Bf16Rounding = Literal["stochastic", "kahan"]
+Finetuning = Literal["full", "lora", "qlora"]
 Optimizer = Literal["adamw", "adamw_8bit", "adafactor"]
 Schedule = Literal["cosine", "linear", "constant"]
 Priors = Literal["training", "uniform"]
@@ -103,6 +110,7 @@ class TrainRecipe:
     adam_epsilon: Annotated[float, Gt(0)] = 1e-8
     max_grad_norm: Annotated[float, Ge(0)] = 1.0  # 0: no clipping
     mixed_precision: MixedPrecision = "no"
+    bf16_rounding: Bf16Rounding = "stochastic"  # read by pure_bf16
     seed: Annotated[int, Ge(0), Lt(2**31)] = 0
     evaluate_every_steps: Count | None = None  # None: at the end of every epoch
 
@@ -141,6 +149,7 @@ WARNED_FIELDS: frozenset[str] = frozenset(
         "adam_epsilon",
         "max_grad_norm",
         "mixed_precision",
+        "bf16_rounding",
         "evaluate_every_steps",
     }
 )
@@ -192,7 +201,7 @@ def resolve(layers: Sequence[Layer]) -> ResolvedRecipe:
     row = MODELS.get(model) if isinstance(model, str) else None
     rows = [] if row is None else [Layer(origin=f"model {model}", values=row.recipe_defaults)]
     chosen = {key: value for x in [*rows, *layers] for key, value in x.values.items()}
-    if chosen.get("finetuning") == "lora":
+    if chosen.get("finetuning") in {"lora", "qlora"}:
         rows.insert(0, Layer(origin="finetuning lora", values=_LORA_DEFAULTS))
     if chosen.get("init") == "scratch":
         rows.insert(0, Layer(origin="init scratch", values=_SCRATCH_DEFAULTS))
@@ -315,6 +324,11 @@ def _contradictions(recipe: TrainRecipe) -> list[str]:
         problems.append(
             "objective = 'hybrid' with finetuning = 'lora': the classes' models are trained whole, "
             "side by side; give --finetuning full, or objective=generative."
+        )
+    if recipe.bf16_rounding == "kahan" and recipe.mixed_precision != "pure_bf16":
+        problems.append(
+            f"bf16_rounding = 'kahan' with mixed_precision = {recipe.mixed_precision!r}: only bf16 "
+            "weights are rounded; give --mixed-precision pure_bf16, or leave the rounding out."
         )
     if recipe.budget_usd is not None and not recipe.price_usd_per_hour:
         price = "no price_usd_per_hour" if recipe.price_usd_per_hour is None else "a price of 0"
