@@ -113,12 +113,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 error = error.to(dtype)
                 if grad_hidden is not None:
                     grad_hidden[start:stop] = error @ head
-                if grad_weight is None:
-                    continue
-                if dtype == torch.float32:
+                if grad_weight is not None and dtype == torch.float32:
                     grad_weight.addmm_(error.T, rows)
-                else:
+                elif grad_weight is not None:
                     grad_weight += error.T @ rows
+                del logits, error  # before the next chunk's come
         ctx.gradients = (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
