@@ -6,7 +6,6 @@ from types import MappingProxyType
 from typing import Literal
 
 from accel_gpt2.plan.memory import ByteRange, MemoryPlan
-from accel_gpt2.plan.throughput import SecondsRange
 from accel_gpt2.recipe import TrainRecipe
 
 Placement = Literal["sequential", "per-gpu", "concurrent", "shared-base"]
@@ -73,17 +72,17 @@ def num_models(recipe: TrainRecipe, num_classes: int) -> int:
     return 1 if recipe.objective in {"classification", "unconditional", "hybrid"} else num_classes
 
 
-def classes_per_gpu(placement: Placement, *, num_classes: int, num_gpus: int) -> int:
+def models_per_gpu(placement: Placement, *, num_models: int, num_gpus: int) -> int:
     """How many models one GPU holds at the same time.
 
-    >>> classes_per_gpu("concurrent", num_classes=4, num_gpus=1)
+    >>> models_per_gpu("concurrent", num_models=4, num_gpus=1)
     4
-    >>> classes_per_gpu("per-gpu", num_classes=4, num_gpus=2)
+    >>> models_per_gpu("per-gpu", num_models=4, num_gpus=2)
     1
     """
     if placement in {"sequential", "per-gpu"}:
         return 1
-    return -(-num_classes // max(1, num_gpus))
+    return -(-num_models // max(1, num_gpus))
 
 
 def applicable_placements(
@@ -127,24 +126,17 @@ def placed_device(memory: MemoryPlan, placement: Placement, *, models_per_gpu: i
     )
 
 
-def placed_seconds(
-    total: SecondsRange, placement: Placement, *, num_classes: int, num_gpus: int
-) -> SecondsRange:
-    """The time of all classes, from that of all classes one after another.
+def time_share(placement: Placement, *, num_models: int, num_gpus: int) -> float:
+    """The time of all models, over that of one after another on the GPUs that each of them uses.
 
-    Args:
-        total: with the GPUs that one class trains on: all of them for `sequential`, else one.
-
-    >>> one_gpu = SecondsRange(low=8.0, expected=10.0, high=12.0)
-    >>> placed_seconds(one_gpu, "per-gpu", num_classes=4, num_gpus=2).expected
-    5.0
-    >>> placed_seconds(one_gpu, "per-gpu", num_classes=3, num_gpus=2).expected  # two rounds of three
-    6.666666666666666
+    >>> time_share("per-gpu", num_models=4, num_gpus=2)
+    0.5
+    >>> round(time_share("per-gpu", num_models=3, num_gpus=2), 3)  # two rounds in place of three
+    0.667
+    >>> round(time_share("concurrent", num_models=4, num_gpus=1), 3)
+    1.042
     """
-    share = 1.0
-    if placement != "sequential":
-        rounds = -(-num_classes // max(1, num_gpus))
-        share = rounds / num_classes / PLACEMENTS[placement].speed
-    return SecondsRange(
-        low=total.low * share, expected=total.expected * share, high=total.high * share
-    )
+    if placement == "sequential":
+        return 1.0
+    rounds = -(-num_models // max(1, num_gpus))
+    return rounds / num_models / PLACEMENTS[placement].speed

@@ -1,70 +1,123 @@
-"""Which recipe to train: every candidate is planned, and what is not recommended has a reason.
+"""Which recipe to train: every candidate is planned, and what is not recommended has its reason.
 
 What was given (options, file, environment) is pinned; what is free is searched, at the global batch
 of the recipe, so that every machine trains the same model.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from accel_gpt2.catalog.models import MODELS, ModelSpec
-from accel_gpt2.catalog.profiles import HardwareProfile
-from accel_gpt2.catalog.strategies import STRATEGIES, ShardingStrategy
+from accel_gpt2.catalog.profiles import PROFILES, HardwareProfile
+from accel_gpt2.catalog.strategies import ShardingStrategy
 from accel_gpt2.errors import UsageError
 from accel_gpt2.plan.calibration import Calibration
+from accel_gpt2.plan.candidates import (
+    CHOICES,
+    cuts,
+    describe_recipe,
+    levels,
+    library_refusal,
+    pinned,
+    spreads,
+)
 from accel_gpt2.plan.data import DataStatistics, dataset_statistics
 from accel_gpt2.plan.memory import ByteRange, MemoryPlan, Verdict, plan_memory
-from accel_gpt2.plan.placement import Placement
+from accel_gpt2.plan.placement import (
+    PLACEMENTS,
+    Placement,
+    models_per_gpu,
+    num_models,
+    placed_device,
+    time_share,
+)
 from accel_gpt2.plan.throughput import SecondsRange, TimePlan, plan_time
 from accel_gpt2.recipe import Layer, ResolvedRecipe, TrainRecipe, resolve
+from accel_gpt2.units import format_bytes, format_seconds
 
-# faithful: the recipe that changes the least about plain full fine-tuning. quality: fp32 arithmetic
+# faithful: what changes least about full fine-tuning with fp32 weights. quality: fp32 arithmetic
 # before that. speed: the fastest. memory: the smallest.
 Preference = Literal["faithful", "speed", "memory", "quality"]
 
-# What the search may choose; the first three change the result.
-RESULT_CHOICES = ("finetuning", "mixed_precision", "optimizer")
-RUN_CHOICES = ("gradient_checkpointing", "micro_batch_tokens")
-CHOICES = (*RESULT_CHOICES, *RUN_CHOICES)
+Why = Literal[
+    "refused", "does not fit", "not run yet", "less faithful", "tight", "slower", "larger"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
     """One candidate: a whole recipe, how it is spread over the machine, and what that would take.
 
-    `level` counts from the most faithful choice that was possible. `device` is what one GPU holds
-    with all models that are on it at once; `memory` is of one model. `seconds` are of all classes;
-    None where the data set's size or the GPU's speed is unknown, and then `cost_usd` is None too.
+    `level` counts from the most faithful choice that what was given allows. `memory` is of one
+    model, `device` of all that one GPU holds at once, and `verdict` is about that and host memory.
+    `time.total` is of all classes one after another, `time_share` the part of it that the placement
+    takes, and `seconds` what is left of it; None where the data set has to be read first, or the
+    GPU's speed is unknown.
     """
 
-    recipe: TrainRecipe
-    origins: Mapping[str, str]
+    resolved: ResolvedRecipe
     level: int
     strategy: ShardingStrategy
     placement: Placement
     memory: MemoryPlan
     device: ByteRange
+    verdict: Verdict
     time: TimePlan | None
+    time_share: float
     seconds: SecondsRange | None
-    cost_usd: float | None
+
+    @property
+    def recipe(self) -> TrainRecipe:
+        """Everything that would be trained with."""
+        return self.resolved.recipe
+
+    @property
+    def trained(self) -> bool:
+        """Whether this version's `train` runs it; the others are predicted."""
+        return self.strategy.trained and PLACEMENTS[self.placement].trained
+
+    @property
+    def cost_usd(self) -> float | None:
+        """Of the expected time, at the recipe's price of the whole machine."""
+        price = self.recipe.price_usd_per_hour
+        if price is None or self.seconds is None:
+            return None
+        return self.seconds.expected / 3600 * price
+
+    @property
+    def label(self) -> str:
+        """The choice in a few words."""
+        spread = [] if self.strategy.backend == "none" else [self.strategy.name]
+        spread += [] if self.placement == "sequential" else [PLACEMENTS[self.placement].title]
+        return ", ".join([describe_recipe(self.recipe), *spread])
+
+    @property
+    def group(self) -> tuple[int, str, str]:
+        """What it has in common with the options that cut its steps in other ways."""
+        return self.level, self.strategy.name, self.placement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejected:
-    """What was not recommended, and why, in one clause; `option` is None where no plan was made."""
+    """What is not recommended and the one reason, a clause.
+
+    `option` is None where a rule of recipes or of libraries stands against it.
+    """
 
     label: str
+    why: Why
     reason: str
     option: Option | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NearestChange:
-    """The smallest change that makes a training fit, in words that can be typed."""
+    """The smallest change that makes a training fit: what to type, and what that gives."""
 
-    advice: str
+    change: str
     option: Option
 
 
@@ -73,7 +126,9 @@ class RunPlan:
     """What would happen, and what else could: everything that `accel-gpt2 plan` shows.
 
     `recommended` is None when nothing that this version trains fits; `nearest` then says what to
-    change. `alternatives` fit too, best first. `data` is None where the data set must be read first.
+    change, if anything helps. `smallest` needs least of what this version trains. `rejected` are
+    all candidates but the recommended one, best first. `data` is None where the data set has to be
+    read first.
     """
 
     asked: ResolvedRecipe
@@ -82,6 +137,399 @@ class RunPlan:
     data: DataStatistics | None
     prefer: Preference
     recommended: Option | None
-    alternatives: tuple[Option, ...]
+    smallest: Option | None
     rejected: tuple[Rejected, ...]
     nearest: NearestChange | None
+
+    @property
+    def alternatives(self) -> tuple[Rejected, ...]:
+        """The best of each group that fits as well; what this version runs comes first."""
+        mine = None if self.recommended is None else self.recommended.group
+        fitting = [
+            x
+            for x in _first_of_each_group(self.rejected)
+            if x.option is not None and x.option.group != mine and x.why != "does not fit"
+        ]
+        return tuple(sorted(fitting, key=lambda x: x.why == "not run yet"))
+
+    @property
+    def failures(self) -> tuple[Rejected, ...]:
+        """Of each group in which nothing fits, what needs least; and what is refused."""
+        return tuple(
+            x for x in _first_of_each_group(self.rejected) if x.why in {"does not fit", "refused"}
+        )
+
+
+def _first_of_each_group(rejected: Iterable[Rejected]) -> list[Rejected]:
+    first: dict[object, Rejected] = {}
+    for x in rejected:
+        first.setdefault(x.label if x.option is None else x.option.group, x)
+    return list(first.values())
+
+
+class MemoryOf(Protocol):
+    """The signature of `plan_memory`."""
+
+    def __call__(
+        self,
+        recipe: TrainRecipe,
+        model: ModelSpec,
+        profile: HardwareProfile,
+        strategy: ShardingStrategy,
+        *,
+        longest_tokens: int,
+    ) -> MemoryPlan: ...
+
+
+class TimeOf(Protocol):
+    """The signature of `plan_time`."""
+
+    def __call__(
+        self,
+        recipe: TrainRecipe,
+        model: ModelSpec,
+        profile: HardwareProfile,
+        strategy: ShardingStrategy,
+        data: DataStatistics,
+        *,
+        calibration: Calibration | None = None,
+    ) -> TimePlan | None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Situation:
+    """What every candidate is planned for, and with."""
+
+    profile: HardwareProfile
+    model: ModelSpec
+    data: DataStatistics  # assumed where it is not known
+    data_is_known: bool
+    prefer: Preference
+    placements: frozenset[Placement]
+    only_trained: bool
+    calibration: Calibration | None
+    memory_of: MemoryOf
+    time_of: TimeOf
+
+
+def plan_run(
+    layers: Sequence[Layer],
+    profile: HardwareProfile,
+    *,
+    model: ModelSpec | None = None,
+    data: DataStatistics | None = None,
+    prefer: Preference = "faithful",
+    placements: Iterable[Placement] = tuple(PLACEMENTS),
+    only_trained: bool = False,
+    calibration: Calibration | None = None,
+    memory_of: MemoryOf = plan_memory,
+    time_of: TimeOf = plan_time,
+) -> RunPlan:
+    """The recommended recipe for what was given on a machine, and why not another one.
+
+    Faithful training comes first: full fine-tuning with fp32 weights and AdamW, then 8-bit states,
+    then pure bf16, then LoRA, then QLoRA. Within a level the fastest that fits wins; one that is
+    tight only where nothing in the level fits, and then the smallest.
+
+    Args:
+        layers: what was given; all of it is kept.
+        profile: the machine; without a GPU its RAM is the device.
+        model: the shape; None for that of the recipe's catalog row.
+        data: None for the statistics of the catalog's row.
+        placements: the ways to place the classes that are considered.
+        only_trained: whether to leave out what this version predicts and does not run.
+
+    Raises:
+        UsageError: when what was given is no recipe.
+    """
+    asked = resolve(layers)
+    data = data or dataset_statistics(asked.recipe)
+    situation = _Situation(
+        profile=profile,
+        model=model or MODELS[asked.recipe.model],
+        data=data or _assumed_data(asked.recipe),
+        data_is_known=data is not None,
+        prefer=prefer,
+        placements=frozenset(placements),
+        only_trained=only_trained,
+        calibration=calibration,
+        memory_of=memory_of,
+        time_of=time_of,
+    )
+    options, refused = _candidates(layers, situation)
+    best = _best(options, prefer)
+    others = sorted(
+        (x for x in options if x is not best),
+        key=functools.partial(_order_of_rejected, prefer=prefer),
+    )
+    trained = [x for x in options if x.trained]
+    return RunPlan(
+        asked=asked,
+        profile=profile,
+        model=situation.model,
+        data=data,
+        prefer=prefer,
+        recommended=best,
+        smallest=min(trained, key=lambda x: x.device.expected, default=None),
+        rejected=(*(_rejected(x, best, situation) for x in others), *refused),
+        nearest=None if best is not None else _nearest_change(layers, situation),
+    )
+
+
+def _assumed_data(recipe: TrainRecipe) -> DataStatistics:
+    """To compare the speed of candidates by, where the data set has not been read."""
+    return DataStatistics(
+        num_classes=max(1, len(recipe.class_names)),
+        num_train_documents=10_000,
+        num_validation_documents=1_000,
+        num_test_documents=1_000,
+        mean_tokens=recipe.max_length / 2,
+        mean_context_tokens=recipe.max_length / 2,
+        longest_tokens=recipe.max_length,
+        source="assumed: the data set has not been read",
+    )
+
+
+def _candidates(
+    layers: Sequence[Layer], situation: _Situation
+) -> tuple[list[Option], list[Rejected]]:
+    """Every option, and what no option can be made of."""
+    profile, data = situation.profile, situation.data
+    options: list[Option] = []
+    refused: list[Rejected] = []
+
+    def refuse(label: str, reason: str) -> None:
+        refused.append(Rejected(label=label, why="refused", reason=reason, option=None))
+
+    fp32_first = situation.prefer == "quality"
+    for number, level in enumerate(levels(layers, profile, fp32_first=fp32_first)):
+        if level.resolved is None:
+            refuse(level.label, level.problem)
+            continue
+        longest_tokens = min(data.longest_tokens, level.resolved.recipe.max_length)
+        cut = list(cuts(level.resolved, layers, profile, longest_tokens=longest_tokens))
+        plans: dict[tuple[str, TrainRecipe], tuple[MemoryPlan, TimePlan | None]] = {}
+        for strategy, placement in spreads(
+            level.resolved.recipe, profile, num_classes=data.num_classes
+        ):
+            runs = strategy.trained and PLACEMENTS[placement].trained
+            if placement not in situation.placements or (situation.only_trained and not runs):
+                continue
+            reason = library_refusal(level.resolved.recipe, strategy)
+            if reason is not None:
+                refuse(f"{level.label}, {strategy.name}", reason)
+                continue
+            for resolved in cut:
+                key = strategy.name, resolved.recipe
+                if key not in plans:  # placements share them
+                    plans[key] = _plans(resolved.recipe, strategy, longest_tokens, situation)
+                memory, time = plans[key]
+                options.append(
+                    _option(resolved, number, strategy, placement, memory, time, situation)
+                )
+    return options, refused
+
+
+def _plans(
+    recipe: TrainRecipe, strategy: ShardingStrategy, longest_tokens: int, situation: _Situation
+) -> tuple[MemoryPlan, TimePlan | None]:
+    """Memory and time of one model, with the GPUs that it is spread over."""
+    memory = situation.memory_of(
+        recipe, situation.model, situation.profile, strategy, longest_tokens=longest_tokens
+    )
+    time = situation.time_of(
+        recipe,
+        situation.model,
+        situation.profile,
+        strategy,
+        situation.data,
+        calibration=situation.calibration,
+    )
+    return memory, time
+
+
+def _option(
+    resolved: ResolvedRecipe,
+    level: int,
+    strategy: ShardingStrategy,
+    placement: Placement,
+    memory: MemoryPlan,
+    time: TimePlan | None,
+    situation: _Situation,
+) -> Option:
+    profile = situation.profile
+    models = num_models(resolved.recipe, situation.data.num_classes)
+    at_once = models_per_gpu(placement, num_models=models, num_gpus=profile.num_gpus)
+    device = placed_device(memory, placement, models_per_gpu=at_once)
+    share = time_share(placement, num_models=models, num_gpus=profile.num_gpus)
+    seconds = None
+    if time is not None and situation.data_is_known:
+        low, expected, high = (
+            x * share for x in (time.total.low, time.total.expected, time.total.high)
+        )
+        seconds = SecondsRange(low=low, expected=expected, high=high)
+    return Option(
+        resolved=resolved,
+        level=level,
+        strategy=strategy,
+        placement=placement,
+        memory=memory,
+        device=device,
+        verdict=_verdict(memory, device, profile),
+        time=time,
+        time_share=share,
+        seconds=seconds,
+    )
+
+
+def _verdict(memory: MemoryPlan, device: ByteRange, profile: HardwareProfile) -> Verdict:
+    if _lacks_host_memory(memory, profile):
+        return "does not fit"
+    if memory.usable_bytes is None or device.high <= memory.usable_bytes:
+        return "fits"
+    return "tight" if device.expected <= memory.usable_bytes else "does not fit"
+
+
+def _lacks_host_memory(memory: MemoryPlan, profile: HardwareProfile) -> bool:
+    return profile.gpu is not None and memory.host_bytes > profile.host_memory_bytes
+
+
+def _best(options: Sequence[Option], prefer: Preference) -> Option | None:
+    possible = [x for x in options if x.trained and x.verdict != "does not fit"]
+    return min(possible, key=functools.partial(_rank, prefer=prefer), default=None)
+
+
+def _rank(option: Option, prefer: Preference) -> tuple[float, ...]:
+    """The smaller the better. Of tight ones the smallest, since they may not fit after all."""
+    safety = option.device.high if option.verdict == "tight" else 0
+    if prefer == "memory":
+        return option.device.expected, option.level, *_slowness(option)
+    if prefer == "speed":
+        return safety, *_slowness(option), option.level
+    return option.level, safety, *_slowness(option)
+
+
+def _slowness(option: Option) -> tuple[float, ...]:
+    """Where a GPU's speed is unknown, larger micro batches without recomputation are faster."""
+    seconds = 0.0 if option.time is None else option.time.total.expected * option.time_share
+    recomputes = option.recipe.gradient_checkpointing
+    return seconds, recomputes, -option.recipe.micro_batch_tokens
+
+
+def _order_of_rejected(option: Option, prefer: Preference) -> tuple[float, ...]:
+    """What fits, best first; then what does not, and of each level what needs least first."""
+    if option.verdict != "does not fit":
+        return (0, *_rank(option, prefer))
+    return 1, option.level, option.device.expected
+
+
+def _rejected(option: Option, best: Option | None, situation: _Situation) -> Rejected:
+    why, reason = _why_not(option, best, situation)
+    return Rejected(label=option.label, why=why, reason=reason, option=option)
+
+
+def _why_not(option: Option, best: Option | None, situation: _Situation) -> tuple[Why, str]:
+    """The one reason why an option is not recommended: the first that holds."""
+    if option.verdict == "does not fit":
+        return "does not fit", shortage(option, situation.profile)
+    if not option.trained or best is None:
+        return "not run yet", "predicted; this version does not run it"
+    if situation.prefer == "memory" and option.device.expected > best.device.expected:
+        more = format_bytes(option.device.expected)
+        return "larger", f"needs {more}, and {format_bytes(best.device.expected)} is enough"
+    if situation.prefer in {"faithful", "quality"} and option.level > best.level:
+        return "less faithful", "changes more of the training than is needed to fit"
+    if option.verdict == "tight":
+        return "tight", f"may need up to {format_bytes(option.device.high)}"
+    return "slower", _slower(option, best)
+
+
+def shortage(option: Option, profile: HardwareProfile) -> str:
+    """What an option needs, and what there is."""
+    memory = option.memory
+    if _lacks_host_memory(memory, profile):
+        needed, there, kind = memory.host_bytes, profile.host_memory_bytes, "host memory"
+    else:
+        needed, there = option.device.expected, memory.usable_bytes or 0
+        kind = "memory" if profile.gpu is None else "GPU memory"
+    return f"needs {format_bytes(needed)} of {kind}, and {format_bytes(there)} can be used"
+
+
+def _slower(option: Option, best: Option) -> str:
+    if option.time is None or best.time is None:
+        return "is slower"
+    seconds = option.time.total.expected * option.time_share
+    fastest = best.time.total.expected * best.time_share
+    if seconds <= fastest:
+        return "is not faster"
+    if option.seconds is None or best.seconds is None:
+        return f"is {seconds / fastest:.2f} times slower"
+    return f"takes {format_seconds(seconds)}, against {format_seconds(fastest)}"
+
+
+def _nearest_change(layers: Sequence[Layer], situation: _Situation) -> NearestChange | None:
+    """The first change that helps, of some that are sorted by how much they change."""
+    asked = resolve(layers).recipe
+    for changed, profile, keys in _changes(layers, asked, situation.profile):
+        there = dataclasses.replace(situation, profile=profile, only_trained=True)
+        try:
+            options, _ = _candidates(changed, there)
+        except UsageError:  # what was given does not go together without what was left out
+            continue
+        best = _best(options, situation.prefer)
+        if best is not None:
+            values = {key: getattr(best.recipe, key) for key in keys}
+            words = [typed_option(k, v) for k, v in values.items() if v != getattr(asked, k)]
+            if profile is not situation.profile:
+                words.append(f"--profile {profile.name}")
+            return NearestChange(change=" ".join(words), option=best)
+    return None
+
+
+def _changes(
+    layers: Sequence[Layer], asked: TrainRecipe, profile: HardwareProfile
+) -> Iterator[tuple[Sequence[Layer], HardwareProfile, Sequence[str]]]:
+    """Leave out one pinned choice, then all; cut documents shorter; take a larger machine.
+
+    Each with the recipe keys that it changes.
+    """
+    given = pinned(layers)
+    # What changes rounding alone comes before what changes the result.
+    for keys in [(key,) for key in reversed(CHOICES) if key in given] + [tuple(given)]:
+        yield _without(layers, keys), profile, keys
+    max_length = asked.max_length // 2
+    while max_length >= _SHORTEST_MAX_LENGTH:
+        shorter = Layer(origin="--max-length", values={"max_length": max_length})
+        yield [*layers, shorter], profile, ["max_length"]
+        max_length //= 2
+    larger = [x for x in PROFILES.values() if _memory_bytes(x) > _memory_bytes(profile)]
+    for other in sorted(larger, key=_memory_bytes):
+        yield layers, other, ()
+
+
+_SHORTEST_MAX_LENGTH = 128  # tokens; less of a review or of a news text is another data set
+
+
+def _memory_bytes(profile: HardwareProfile) -> int:
+    return 0 if profile.gpu is None else profile.gpu.memory_bytes * profile.num_gpus
+
+
+def _without(layers: Sequence[Layer], keys: Sequence[str]) -> list[Layer]:
+    return [
+        Layer(origin=x.origin, values={k: v for k, v in x.values.items() if k not in keys})
+        for x in layers
+    ]
+
+
+def typed_option(key: str, value: object) -> str:
+    """A recipe value as it is typed after `accel-gpt2 train`.
+
+    >>> typed_option("gradient_checkpointing", False), typed_option("micro_batch_tokens", 1024)
+    ('--no-gradient-checkpointing', '--set micro_batch_tokens=1024')
+    """
+    if key == "micro_batch_tokens":
+        return f"--set {key}={value}"
+    name = key.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {value}"
