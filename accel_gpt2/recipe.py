@@ -41,6 +41,7 @@ MixedPrecision = Literal["no", "fp16", "bf16", "pure_bf16"]
 # stochastic: up or down by chance, so that the mean is right; no memory. kahan: what did not fit is
 # added to the next update; 2 bytes a parameter.
 Bf16Rounding = Literal["stochastic", "kahan"]
+# lora: adapters on a frozen base. qlora: the same on a base whose linear layers are in 4 bits.
 Finetuning = Literal["full", "lora", "qlora"]
 Optimizer = Literal["adamw", "adamw_8bit", "adafactor"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -128,6 +129,15 @@ class TrainRecipe:
     trackers: tuple[str, ...] = ("tensorboard",)
 
 
+def autocast_precision(mixed_precision: MixedPrecision) -> Literal["no", "fp16", "bf16"]:
+    """What Accelerate is told: bf16 weights compute in bf16 without its autocast.
+
+    >>> autocast_precision("pure_bf16"), autocast_precision("bf16")
+    ('no', 'bf16')
+    """
+    return "no" if mixed_precision == "pure_bf16" else mixed_precision
+
+
 FIELDS: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(TrainRecipe))
 
 # A run may go on with another value of these: nothing but rounding changes.
@@ -202,7 +212,8 @@ def resolve(layers: Sequence[Layer]) -> ResolvedRecipe:
     rows = [] if row is None else [Layer(origin=f"model {model}", values=row.recipe_defaults)]
     chosen = {key: value for x in [*rows, *layers] for key, value in x.values.items()}
     if chosen.get("finetuning") in {"lora", "qlora"}:
-        rows.insert(0, Layer(origin="finetuning lora", values=_LORA_DEFAULTS))
+        origin = f"finetuning {chosen['finetuning']}"
+        rows.insert(0, Layer(origin=origin, values=_LORA_DEFAULTS))
     if chosen.get("init") == "scratch":
         rows.insert(0, Layer(origin="init scratch", values=_SCRATCH_DEFAULTS))
 
@@ -313,17 +324,17 @@ def _contradictions(recipe: TrainRecipe) -> list[str]:
             "tokenizer = 'train' with init = 'pretrained': pretrained weights know only their own "
             "tokens; give --init scratch, or --set tokenizer=auto."
         )
-    if recipe.finetuning == "lora" and recipe.init == "scratch":
+    if recipe.finetuning != "full" and recipe.init == "scratch":
         problems.append(
-            "finetuning = 'lora' with init = 'scratch': an adapter on random weights learns next "
-            "to nothing; give --finetuning full, or a pretrained model."
+            f"finetuning = {recipe.finetuning!r} with init = 'scratch': an adapter on random "
+            "weights learns next to nothing; give --finetuning full, or a pretrained model."
         )
     if row is not None:
         problems += _unfit_objective(recipe, row)
-    if recipe.objective == "hybrid" and recipe.finetuning == "lora":
+    if recipe.objective == "hybrid" and recipe.finetuning != "full":
         problems.append(
-            "objective = 'hybrid' with finetuning = 'lora': the classes' models are trained whole, "
-            "side by side; give --finetuning full, or objective=generative."
+            f"objective = 'hybrid' with finetuning = {recipe.finetuning!r}: the classes' models "
+            "are trained whole, side by side; give --finetuning full, or objective=generative."
         )
     if recipe.bf16_rounding == "kahan" and recipe.mixed_precision != "pure_bf16":
         problems.append(

@@ -132,18 +132,35 @@ def load_tokenizer(
             special_tokens=[END_OF_TEXT, PAD, MASK] if encoder else [END_OF_TEXT],
             progress=progress,
         )
+    source = _source(recipe)
+    return load_gpt2_tokenizer() if source is None else _from_pretrained(source)
+
+
+def check_tokenizer_available(recipe: TrainRecipe) -> None:
+    """Raise what `load_tokenizer` would for a tokenizer that is nowhere, without reading it."""
+    source = None if recipe.tokenizer == "train" else _source(recipe)
+    if source is not None:
+        _find(source)
+
+
+def _source(recipe: TrainRecipe) -> str | None:
+    """The directory or hub id of a tokenizer that is not trained; None for GPT-2's, which is here.
+
+    Raises:
+        UserError: when the model has no tokenizer.
+    """
     if recipe.tokenizer != "auto":
-        return _from_pretrained(recipe.tokenizer)
+        return recipe.tokenizer
     gpt2_rows = [row for row in MODELS.values() if row.model_type == "gpt2"]
     if recipe.model in {row.name for row in gpt2_rows} | {row.hub_id for row in gpt2_rows}:
-        return load_gpt2_tokenizer()
+        return None
     row = MODELS.get(recipe.model)
     if row is not None and row.hub_id is None:
         raise UserError(
             f"{row.name} has no tokenizer of its own; give --set tokenizer=train, or "
             "--set tokenizer=DIRECTORY."
         )
-    return _from_pretrained(weights_location(recipe.model))
+    return weights_location(recipe.model)
 
 
 def load_gpt2_tokenizer() -> TextTokenizer:
@@ -165,31 +182,43 @@ def load_saved_tokenizer(directory: Path) -> TextTokenizer:
     Raises:
         UserError: when the directory holds no tokenizer.
     """
-    return _from_directory(directory, str(directory))
+    _require_vocabulary(directory)
+    return _load(str(directory), str(directory), local_files_only=True)
 
 
 def _from_pretrained(name: str) -> TextTokenizer:
-    if os.path.isdir(name):  # a tokenizer alone has no config.json
-        return _from_directory(Path(name), name)
-    if (directory := local_model(name)) is not None:
-        return _from_directory(directory, name)
+    path, is_here = _find(name)
+    return _load(path, name, local_files_only=is_here)
+
+
+def _find(name: str) -> tuple[str, bool]:
+    """What `AutoTokenizer` is given for a directory or hub id, and whether that is on this machine.
+
+    Raises:
+        UserError: when it is nowhere.
+    """
+    # A tokenizer alone has no config.json.
+    directory = Path(name) if os.path.isdir(name) else local_model(name)
+    if directory is not None:
+        _require_vocabulary(directory)
+        return str(directory), True
     # A file that is on this machine needs no hub; a hub that does not answer is not asked twice.
-    if not _in_hub_cache(name):
-        answer = ask_hub(name, "model")
-        if answer is HubAnswer.MISSING:
-            raise UserError(
-                f"The tokenizer {name} is neither a directory nor a model on the Hugging Face hub "
-                "that you may read; check the name, or log in with `hf auth login`."
-            )
-        if answer is HubAnswer.UNREACHABLE:
-            raise UserError(
-                f"The tokenizer {name} is not on this machine and the Hugging Face hub "
-                f"{why_unreachable()}; fetch it where there is a network with `hf download {name}` "
-                "(HF_HOME names the cache), or give --set tokenizer=DIRECTORY, or --init scratch "
-                "with --set tokenizer=train."
-            )
-        return _load(name, name, local_files_only=False)
-    return _load(name, name, local_files_only=True)
+    if _in_hub_cache(name):
+        return name, True
+    answer = ask_hub(name, "model")
+    if answer is HubAnswer.MISSING:
+        raise UserError(
+            f"The tokenizer {name} is neither a directory nor a model on the Hugging Face hub "
+            "that you may read; check the name, or log in with `hf auth login`."
+        )
+    if answer is HubAnswer.UNREACHABLE:
+        raise UserError(
+            f"The tokenizer {name} is not on this machine and the Hugging Face hub "
+            f"{why_unreachable()}; fetch it where there is a network with `hf download {name}` "
+            "(HF_HOME names the cache), or give --set tokenizer=DIRECTORY, or --init scratch "
+            "with --set tokenizer=train."
+        )
+    return name, False
 
 
 def _in_hub_cache(name: str) -> bool:
@@ -205,7 +234,7 @@ def _in_hub_cache(name: str) -> bool:
         return False
 
 
-def _from_directory(directory: Path, name: str) -> TextTokenizer:
+def _require_vocabulary(directory: Path) -> None:
     # Without this look, AutoTokenizer makes an empty tokenizer from a bare config.json.
     vocabularies = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
     if not any((directory / file).is_file() for file in vocabularies):
@@ -213,7 +242,6 @@ def _from_directory(directory: Path, name: str) -> TextTokenizer:
             f"{directory} holds no tokenizer ({', '.join(vocabularies)}); give "
             "--set tokenizer=DIRECTORY, or --init scratch with --set tokenizer=train."
         )
-    return _load(str(directory), name, local_files_only=True)
 
 
 def _load(path: str, name: str, *, local_files_only: bool) -> TextTokenizer:

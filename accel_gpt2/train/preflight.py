@@ -1,24 +1,27 @@
 """Can this recipe start at all? Asked before anything is loaded, so that nobody waits for a no."""
 
+import importlib.util
 import os
 from pathlib import Path
 
 from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.data.hub import HubAnswer, ask_hub, is_hub_id, why_unreachable
 from accel_gpt2.data.sources import check_data_available
+from accel_gpt2.data.tokenizer import check_tokenizer_available
 from accel_gpt2.data.weights import weights_are_cached, weights_location
 from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import TrainRecipe
 
 
 def check_available(recipe: TrainRecipe) -> None:
-    """Make sure that the recipe's weights and data can be had.
+    """Make sure that the recipe's weights, tokenizer, data and libraries can be had.
 
     Raises:
         UserError: naming all that is missing, and every way on.
     """
     problems = []
-    for check in (_check_weights, check_data_available):
+    checks = (_check_weights, _check_tokenizer, check_data_available, check_bitsandbytes)
+    for check in checks:
         try:
             check(recipe)
         except UserError as error:
@@ -26,6 +29,22 @@ def check_available(recipe: TrainRecipe) -> None:
     if problems:
         text = "\n".join(str(problem) for problem in problems)
         raise type(problems[0])(text) from problems[0]
+
+
+def check_bitsandbytes(recipe: TrainRecipe) -> None:
+    """Raise a UserError where the recipe wants a base in 4 bits and nothing here makes one."""
+    if recipe.finetuning == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "finetuning = 'qlora' needs bitsandbytes, which is not installed; type `pip install "
+            "bitsandbytes`, or, where there is none (macOS), train with --finetuning lora."
+        )
+
+
+def _check_tokenizer(recipe: TrainRecipe) -> None:
+    beside_weights = recipe.tokenizer == "auto" and recipe.init == "pretrained"
+    # Where the weights are missing that has been said, and the tokenizer comes with them.
+    if not beside_weights or weights_are_cached(weights_location(recipe.model)):
+        check_tokenizer_available(recipe)
 
 
 def _check_weights(recipe: TrainRecipe) -> None:
