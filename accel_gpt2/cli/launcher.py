@@ -29,6 +29,7 @@ from accel_gpt2.cli.run_directory import RECIPE_FILE, STATUS_FILE
 from accel_gpt2.durable import write_text
 from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
 from accel_gpt2.failures import mark_as_told
+from accel_gpt2.recipe import MixedPrecision, autocast_precision
 from accel_gpt2.terminal import shortened
 
 ACCELERATE_FILE = "accelerate.yaml"
@@ -82,7 +83,7 @@ def _relative(path: Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def accelerate_config(profile: HardwareProfile, mixed_precision: str) -> str:
+def accelerate_config(profile: HardwareProfile, mixed_precision: MixedPrecision) -> str:
     """The YAML of a launch. A file, because flags alone do not hold off a stale default config."""
     import yaml
 
@@ -94,7 +95,7 @@ def accelerate_config(profile: HardwareProfile, mixed_precision: str) -> str:
         "num_machines": 1,
         "num_processes": max(1, profile.num_gpus),
         "machine_rank": 0,
-        "mixed_precision": mixed_precision,
+        "mixed_precision": autocast_precision(mixed_precision),
         "debug": False,
     }
     return yaml.safe_dump(values, sort_keys=False)

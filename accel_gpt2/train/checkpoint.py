@@ -320,10 +320,10 @@ def _is_optimizer_state(content: object, shapes: list[tuple[int, ...]]) -> bool:
         scaler = content["scaler"]  # type: ignore[index]
         indices = sorted(index for group in groups for index in group["params"])
         known = indices == list(range(len(shapes))) and set(state) <= set(indices)
-        # Two moments per parameter, of its shape; factored ones have shapes of their own.
+        # Moments and compensations are of a parameter's shape; factored ones have their own.
         moments = collections.defaultdict(list)
         for name, tensor in _named_tensors(state):
-            if name in {"exp_avg", "exp_avg_sq", "state1", "state2"}:
+            if name in {"exp_avg", "exp_avg_sq", "state1", "state2", "compensation"}:
                 moments[name].append(tuple(tensor.shape))
     except (KeyError, TypeError, IndexError):
         return False

@@ -42,7 +42,7 @@ from accel_gpt2.train.nonfinite import (
     write_nonfinite_step,
 )
 from accel_gpt2.train.objective import TrainedModel, to_device
-from accel_gpt2.train.optim import build_optimizer, learning_rate_at
+from accel_gpt2.train.optim import build_optimizer, learning_rate_at, load_optimizer_state
 from accel_gpt2.train.processes import gather_objects, on_first_process
 from accel_gpt2.train.progress import TrainProgress, describe_step
 from accel_gpt2.train.schedule import BatchSchedule
@@ -139,7 +139,7 @@ def train_class(
     saved: tuple[int, int] | None = None  # (step, evaluated_step) of what is on the disk
     if checkpoint is not None:
         state = checkpoint.state
-        _load_optimizer(accelerator, optimizer, checkpoint.optimizer)
+        _load_optimizer(accelerator, optimizer, checkpoint.optimizer, recipe)
         _set_random_state(checkpoint.random_states, rank)
         if job.checkpoint == checkpoint_path(job.directory, state.step):
             saved = (state.step, state.evaluated_step)
@@ -457,12 +457,10 @@ def _optimizer_state(accelerator: Any, optimizer: Any) -> dict[str, Any]:
     }
 
 
-def _load_optimizer(accelerator: Any, optimizer: Any, saved: dict[str, Any]) -> None:
-    # The recipe says how steps are made from here on; the state's own groups would undo a change.
-    options = [{k: v for k, v in x.items() if k != "params"} for x in optimizer.param_groups]
-    optimizer.load_state_dict(saved["optimizer"])
-    for group, own in zip(optimizer.param_groups, options, strict=True):
-        group.update(own)
+def _load_optimizer(
+    accelerator: Any, optimizer: Any, saved: dict[str, Any], recipe: TrainRecipe
+) -> None:
+    load_optimizer_state(optimizer, saved["optimizer"], recipe)
     scaler = getattr(accelerator, "scaler", None)
     if scaler is not None and saved["scaler"] is not None:
         scaler.load_state_dict(saved["scaler"])

@@ -109,7 +109,7 @@ class MaskedLanguageModel(TransformersModel):
         """Of the masked tokens, [masked, vocab_size].
 
         Args:
-            fp32_head: keep the head in fp32 under autocast; a score is a sum over many tokens.
+            fp32_head: the head in fp32 whatever the rest is in; a score is a sum over many tokens.
         """
         base = self.transformers_model
         head = getattr(base, "lm_head", None)
@@ -123,8 +123,9 @@ class MaskedLanguageModel(TransformersModel):
         if not fp32_head:
             predicted: Tensor = head(hidden)
             return predicted
+        weights = {name: parameter.float() for name, parameter in head.named_parameters()}
         with torch.autocast(hidden.device.type, enabled=False):
-            exact: Tensor = head(hidden.float())
+            exact: Tensor = torch.func.functional_call(head, weights, hidden.float())
         return exact
 
     def num_targets(self, lengths: NDArray[Any]) -> Indices:

@@ -1,17 +1,22 @@
 """The optimizer and the learning rate of a step."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import TrainRecipe
+from accel_gpt2.train.bf16 import Bf16Optimizer
 
 
-def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> Optimizer:
     """The recipe's optimizer over the trainable parameters; matrices decay, vectors do not.
+
+    For bf16 weights it is wrapped, so that rounding does not lose its updates.
 
     Raises:
         UserError: when the 8-bit optimizer's library is not installed.
@@ -22,6 +27,17 @@ def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimi
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    if recipe.mixed_precision != "pure_bf16":
+        return _of_the_library(groups, recipe)
+    return Bf16Optimizer(
+        groups,
+        lambda groups: _of_the_library(groups, recipe),
+        rounding=recipe.bf16_rounding,
+        seed=recipe.seed,
+    )
+
+
+def _of_the_library(groups: list[dict[str, Any]], recipe: TrainRecipe) -> Optimizer:
     betas = (recipe.adam_beta1, recipe.adam_beta2)
     match recipe.optimizer:
         case "adamw":
@@ -37,12 +53,29 @@ def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimi
                     "optimizer = 'adamw_8bit' needs bitsandbytes, which is not installed; type "
                     "`pip install bitsandbytes`, or give --optimizer adamw."
                 ) from None
-            optimizer: torch.optim.Optimizer = AdamW8bit(
+            optimizer: Optimizer = AdamW8bit(
                 groups, lr=recipe.learning_rate, betas=betas, eps=recipe.adam_epsilon
             )
             return optimizer
         case "adafactor":
             return torch.optim.Adafactor(groups, lr=recipe.learning_rate)
+
+
+def load_optimizer_state(
+    optimizer: Optimizer, saved: Mapping[str, Any], recipe: TrainRecipe
+) -> None:
+    """Have an optimizer go on from a saved state, whether weights were fp32 or bf16 then."""
+    state = saved["state"]
+    if recipe.bf16_rounding != "kahan":  # an optimizer keeps, and saves, what it does not know
+        state = {
+            index: {key: value for key, value in own.items() if key != "compensation"}
+            for index, own in state.items()
+        }
+    # The recipe says how steps are made from here on; the state's own groups would undo a change.
+    options = [{k: v for k, v in x.items() if k != "params"} for x in optimizer.param_groups]
+    optimizer.load_state_dict({**saved, "state": state})
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
 
 
 def learning_rate_at(step: int, total_steps: int, recipe: TrainRecipe) -> float:

@@ -12,7 +12,7 @@ import torch
 from accel_gpt2.catalog.gpus import GpuSpec, find_gpu
 from accel_gpt2.errors import UsageError, UserError
 from accel_gpt2.failures import ending
-from accel_gpt2.recipe import TrainRecipe
+from accel_gpt2.recipe import TrainRecipe, autocast_precision
 from accel_gpt2.train.peers import COLLECTIVE_TIMEOUT, PeerFailedError
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ def build_accelerator(recipe: TrainRecipe, run_directory: Path | None = None) ->
         AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=_on_cpu(),
-        mixed_precision=recipe.mixed_precision,
+        mixed_precision=autocast_precision(recipe.mixed_precision),
         log_with=trackers or None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
         **options,

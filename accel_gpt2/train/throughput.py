@@ -35,13 +35,14 @@ def flops_per_token(
     tokens = np.asarray(lengths, dtype=np.float64) - 1
     flops = full(float((tokens**2).sum() / tokens.sum()))
     # A frozen base has no weight gradients: 4 operations per weight in place of 6.
-    return flops - full(0) / 3 if recipe.finetuning == "lora" else flops
+    return flops - full(0) / 3 if recipe.finetuning != "full" else flops
 
 
 def peak_flops_per_second(gpu: GpuSpec | None, mixed_precision: str) -> float | None:
     if gpu is None:
         return None
-    return gpu.peak_flops.get({"no": "fp32"}.get(mixed_precision, mixed_precision))
+    computed_in = {"no": "fp32", "pure_bf16": "bf16"}.get(mixed_precision, mixed_precision)
+    return gpu.peak_flops.get(computed_in)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
