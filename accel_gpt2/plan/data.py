@@ -1,7 +1,12 @@
 """How much text there is: what a plan's steps and seconds are computed from."""
 
+import bisect
+import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from accel_gpt2.catalog.datasets import DATASETS, DatasetSpec, TokenLengths
 from accel_gpt2.recipe import TrainRecipe
 
 
@@ -26,5 +31,102 @@ class DataStatistics:
 
 
 def dataset_statistics(recipe: TrainRecipe) -> DataStatistics | None:
-    """The statistics of a data set that has a catalog row; None where it would have to be read."""
-    raise NotImplementedError(recipe)
+    """The statistics of a data set that has a catalog row; None where it would have to be read.
+
+    A data set of the catalog under other split names is not what was counted, and gives None too.
+
+    >>> found = dataset_statistics(TrainRecipe(dataset="ag_news", max_length=128))
+    >>> found.num_train_documents, round(found.mean_tokens), found.longest_tokens
+    (118000, 53, 128)
+    """
+    row = _row(recipe.dataset)
+    if row is None or recipe.train_split != "train" or recipe.test_split not in {"test", "none"}:
+        return None
+    train, test = row.train_documents, row.test_documents
+    if recipe.test_split == "none" and row.test_fraction:  # nothing is cut from the only split
+        train = tuple(map(sum, zip(train, test, strict=True)))
+    ratio, vocabulary = _tokens_per_gpt2_token(recipe, row)
+    return cut_statistics(
+        recipe,
+        train_documents=train,
+        num_test_documents=0 if recipe.test_split == "none" else sum(test),
+        token_lengths=tuple((max(1, round(n * ratio)), count) for n, count in row.token_lengths),
+        source=f"catalog row {row.name}: {row.statistics_source}{vocabulary}",
+    )
+
+
+def _row(dataset: str) -> DatasetSpec | None:
+    return DATASETS.get(dataset) or next(
+        (row for row in DATASETS.values() if row.hub_id == dataset), None
+    )
+
+
+def _tokens_per_gpt2_token(recipe: TrainRecipe, row: DatasetSpec) -> tuple[float, str]:
+    """How many tokens of the recipe's vocabulary stand for one of GPT-2's, and a word on it."""
+    if recipe.tokenizer != "train":
+        known = recipe.tokenizer == "auto"  # RoBERTa's vocabulary is GPT-2's, in another order
+        return 1.0, "" if known else f"; taken as GPT-2's tokens, not {recipe.tokenizer}'s"
+    sizes = [math.log(size) for size, _ in row.trained_vocabularies]
+    ratios = [ratio for _, ratio in row.trained_vocabularies]
+    size = math.log(recipe.tokenizer_vocab_size)
+    # Straight lines over log(size), the outer ones prolonged.
+    right = min(max(bisect.bisect(sizes, size), 1), len(sizes) - 1)
+    slope = (ratios[right] - ratios[right - 1]) / (sizes[right] - sizes[right - 1])
+    ratio = max(0.5, ratios[right] + slope * (size - sizes[right]))
+    return ratio, f"; {ratio:.2f} trained tokens for each of GPT-2's"
+
+
+def cut_statistics(
+    recipe: TrainRecipe,
+    *,
+    train_documents: Sequence[int],
+    num_test_documents: int,
+    token_lengths: TokenLengths,
+    source: str,
+) -> DataStatistics:
+    """What the recipe's validation split, limits and truncation leave of a data set.
+
+    Args:
+        train_documents: of each class, before the validation split is cut.
+        token_lengths: pairs of tokens in the recipe's vocabulary, without BOS and EOS, and the
+            documents that have about so many; any number of documents, only shares count.
+
+    >>> small = cut_statistics(TrainRecipe(max_length=10), train_documents=[60, 40],
+    ...     num_test_documents=0, token_lengths=((4, 1), (98, 1)), source="")
+    >>> small.num_train_documents, small.num_validation_documents, small.mean_tokens
+    (90, 10, 7.0)
+    """
+    total = sum(train_documents)
+    wanted = min(int(recipe.validation_fraction * total), recipe.validation_documents)
+    wanted = max(len(train_documents), wanted)
+    # As data.cleaning.split_validation cuts it.
+    held_out = [min(max(round(wanted * count / total), 1), count - 1) for count in train_documents]
+    limit = recipe.train_documents_per_class or total
+    kept = [min(count - out, limit) for count, out in zip(train_documents, held_out, strict=True)]
+    predicted = [(min(n, recipe.max_length - 2) + 1, count) for n, count in token_lengths]
+    documents = sum(count for _, count in predicted)
+    tokens = sum(n * count for n, count in predicted)
+    return DataStatistics(
+        num_classes=len(train_documents),
+        num_train_documents=sum(kept),
+        num_validation_documents=sum(held_out),
+        num_test_documents=num_test_documents,
+        mean_tokens=tokens / documents,
+        mean_context_tokens=sum(n * n * count for n, count in predicted) / tokens,
+        longest_tokens=max(n for n, _ in predicted) + 1,
+        source=source,
+    )
+
+
+def measured_statistics(
+    data: DataStatistics, lengths: Sequence[int], *, source: str
+) -> DataStatistics:
+    """`data` with the lengths of real documents (BOS and EOS included) in place of its own."""
+    tokens = sum(lengths) - len(lengths)
+    return dataclasses.replace(
+        data,
+        mean_tokens=tokens / len(lengths),
+        mean_context_tokens=sum((n - 1) ** 2 for n in lengths) / tokens,
+        longest_tokens=max(lengths),
+        source=source,
+    )

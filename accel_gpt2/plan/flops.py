@@ -1,4 +1,6 @@
-"""Arithmetic of a training step: what MFU is measured against."""
+"""Arithmetic of a training step: what MFU is measured against, and what time is computed from."""
+
+from dataclasses import dataclass
 
 
 def train_flops_per_token(
@@ -15,3 +17,34 @@ def train_flops_per_token(
     """
     matrices = 12 * n_layer * n_embd**2 + vocab_size * n_embd
     return 6.0 * matrices + 12.0 * n_layer * n_embd * context_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardFlops:
+    """Floating-point operations of one token's way through the model, by where they are spent.
+
+    `attention` counts the causal half only, which is what flash and efficient kernels compute.
+    """
+
+    blocks: float
+    attention: float
+    head: float
+
+
+def forward_flops(
+    *, n_layer: int, n_embd: int, vocab_size: int, context_tokens: float
+) -> ForwardFlops:
+    """Two for each weight, and for attention 2 L d T: two products, half of each.
+
+    Args:
+        context_tokens: the sequence length that the average token sees, sum L^2 / sum L.
+
+    >>> gpt2 = forward_flops(n_layer=12, n_embd=768, vocab_size=50257, context_tokens=1024)
+    >>> [round(flops / 1e6) for flops in (gpt2.blocks, gpt2.attention, gpt2.head)]
+    [170, 19, 77]
+    """
+    return ForwardFlops(
+        blocks=24.0 * n_layer * n_embd**2,
+        attention=2.0 * n_layer * n_embd * context_tokens,
+        head=2.0 * vocab_size * n_embd,
+    )
