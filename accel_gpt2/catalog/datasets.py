@@ -72,7 +72,7 @@ _ROWS = (
             "2409:16 2627:16 2864:10 3167:5 3543:8 3926:8 4265:3 4679:2 5119:2 7406:1"
         ),
         trained_vocabularies=((4096, 0.905), (8192, 0.829), (16384, 0.789)),
-        statistics_source="counted 2026-11-23: torch 2.13, transformers 5.23, pandas 3.1, sklearn 1.9",
+        statistics_source="counted 2026-11-23 in torch 2.13, transformers 5.23, pandas 3.1",
     ),
     DatasetSpec(
         name="imdb",

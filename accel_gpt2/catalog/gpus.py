@@ -19,6 +19,10 @@ class GpuSpec:
     `memory_bytes` is what `nvidia-smi` shows as total. `peak_flops` are dense FLOP/s with fp32
     accumulation per dtype ("fp32" without tensor cores, "tf32", "fp16", "bf16"); a missing dtype is
     not supported by the tensor cores, or not known. None is unknown.
+
+    `compute_capability` is CUDA's. `measured_matmul_flops` is the best that somebody saw torch's
+    own 16-bit matrix product reach. `training_efficiency` is the part of the 16-bit peak that the
+    matrix products of a training reach when they are wide; `efficiency_source` says where from.
     """
 
     name: str
@@ -29,10 +33,22 @@ class GpuSpec:
     bandwidth_bytes_per_second: float | None
     tdp_watts: int | None
     source: str
+    compute_capability: tuple[int, int] = (0, 0)
+    measured_matmul_flops: float | None = None
+    training_efficiency: float = 0.5
+    efficiency_source: str = "no training was published: half of the peak, as nearly all reach"
 
 
 # GeForce halves the tensor cores' rate when they accumulate in fp32, and that is the rate here.
 _ADA = "NVIDIA Ada whitepaper (4090), by tensor cores and boost clock as llm.c's mfu.h does"
+
+# What is left for matrix products of published trainings' time per token, when the bytes of their
+# other kernels are taken away, as plan/throughput.py counts both; tests/plan/test_throughput.py has
+# the published rates.
+_BY_LLM_C_A100 = "llm.c's GPT-2 124M, 355M and 774M, llm-foundry's 350m and 1b on A100 80 GB"
+_BY_LLM_C_H100 = "llm.c's GPT-2 124M and 1558M on H100 SXM"
+_BY_LLM_C_4090 = "llm.c's GPT-2 124M on an RTX 4090"
+# Measured matrix products: the tables of github.com/stas00/ml-engineering, lower end.
 
 _ROWS = (
     GpuSpec(
@@ -44,6 +60,10 @@ _ROWS = (
         bandwidth_bytes_per_second=672e9,
         tdp_watts=285,
         source=_ADA,
+        compute_capability=(8, 9),
+        measured_matmul_flops=89e12,
+        training_efficiency=0.65,
+        efficiency_source=_BY_LLM_C_4090,
     ),
     GpuSpec(
         name="rtx4070ti-12gb",
@@ -54,6 +74,9 @@ _ROWS = (
         bandwidth_bytes_per_second=504e9,
         tdp_watts=285,
         source=_ADA,
+        compute_capability=(8, 9),
+        training_efficiency=0.65,
+        efficiency_source=_BY_LLM_C_4090,
     ),
     GpuSpec(
         name="rtx4090",
@@ -64,6 +87,10 @@ _ROWS = (
         bandwidth_bytes_per_second=1008e9,
         tdp_watts=450,
         source="NVIDIA Ada whitepaper, appendix A",
+        compute_capability=(8, 9),
+        measured_matmul_flops=159e12,
+        training_efficiency=0.65,
+        efficiency_source=_BY_LLM_C_4090,
     ),
     GpuSpec(
         name="rtx3090",
@@ -74,6 +101,10 @@ _ROWS = (
         bandwidth_bytes_per_second=936e9,
         tdp_watts=350,
         source="NVIDIA GA102 whitepaper, appendix A",
+        compute_capability=(8, 6),
+        measured_matmul_flops=75e12,
+        training_efficiency=0.65,
+        efficiency_source="as the RTX 4090, whose matrix products reach as much of the peak",
     ),
     GpuSpec(
         name="a100-40",
@@ -84,6 +115,10 @@ _ROWS = (
         bandwidth_bytes_per_second=1555e9,
         tdp_watts=400,
         source="NVIDIA A100 datasheet",
+        compute_capability=(8, 0),
+        measured_matmul_flops=234e12,
+        training_efficiency=0.7,
+        efficiency_source=_BY_LLM_C_A100,
     ),
     GpuSpec(
         name="a100-40-pcie",
@@ -94,6 +129,10 @@ _ROWS = (
         bandwidth_bytes_per_second=1555e9,
         tdp_watts=250,
         source="NVIDIA A100 datasheet",
+        compute_capability=(8, 0),
+        measured_matmul_flops=234e12,
+        training_efficiency=0.7,
+        efficiency_source=_BY_LLM_C_A100,
     ),
     GpuSpec(
         name="a100-80",
@@ -104,6 +143,10 @@ _ROWS = (
         bandwidth_bytes_per_second=2039e9,
         tdp_watts=400,
         source="NVIDIA A100 datasheet",
+        compute_capability=(8, 0),
+        measured_matmul_flops=234e12,
+        training_efficiency=0.7,
+        efficiency_source=_BY_LLM_C_A100,
     ),
     GpuSpec(
         name="a100-80-pcie",
@@ -114,6 +157,10 @@ _ROWS = (
         bandwidth_bytes_per_second=1935e9,
         tdp_watts=300,
         source="NVIDIA A100 datasheet",
+        compute_capability=(8, 0),
+        measured_matmul_flops=234e12,
+        training_efficiency=0.7,
+        efficiency_source=_BY_LLM_C_A100,
     ),
     GpuSpec(
         name="h100-80",
@@ -124,6 +171,10 @@ _ROWS = (
         bandwidth_bytes_per_second=3350e9,
         tdp_watts=700,
         source="NVIDIA H100 datasheet, halved where it counts sparsity",
+        compute_capability=(9, 0),
+        measured_matmul_flops=784e12,
+        training_efficiency=0.6,
+        efficiency_source=_BY_LLM_C_H100,
     ),
     GpuSpec(
         name="h100-80-pcie",
@@ -134,6 +185,10 @@ _ROWS = (
         bandwidth_bytes_per_second=2000e9,
         tdp_watts=350,
         source="NVIDIA H100 datasheet, halved where it counts sparsity",
+        compute_capability=(9, 0),
+        measured_matmul_flops=458e12,
+        training_efficiency=0.46,
+        efficiency_source=f"{_BY_LLM_C_H100}, less as its measured matrix product is",
     ),
     GpuSpec(
         name="h200",
@@ -144,6 +199,10 @@ _ROWS = (
         bandwidth_bytes_per_second=4800e9,
         tdp_watts=700,
         source="NVIDIA H200 datasheet, halved where it counts sparsity",
+        compute_capability=(9, 0),
+        measured_matmul_flops=790e12,
+        training_efficiency=0.6,
+        efficiency_source=_BY_LLM_C_H100,
     ),
     GpuSpec(
         name="l4",
@@ -154,6 +213,10 @@ _ROWS = (
         bandwidth_bytes_per_second=300e9,
         tdp_watts=72,
         source="NVIDIA L4 datasheet, halved where it counts sparsity",
+        compute_capability=(8, 9),
+        measured_matmul_flops=70e12,
+        training_efficiency=0.38,
+        efficiency_source=f"{_BY_LLM_C_4090}, less as its measured matrix product is",
     ),
     GpuSpec(
         name="t4",
@@ -164,6 +227,7 @@ _ROWS = (
         bandwidth_bytes_per_second=320e9,
         tdp_watts=70,
         source="NVIDIA T4 datasheet",
+        compute_capability=(7, 5),
     ),
     GpuSpec(
         name="v100",
@@ -174,6 +238,7 @@ _ROWS = (
         bandwidth_bytes_per_second=900e9,
         tdp_watts=300,
         source="NVIDIA V100 datasheet",
+        compute_capability=(7, 0),
     ),
     GpuSpec(
         name="v100-32",
@@ -184,6 +249,7 @@ _ROWS = (
         bandwidth_bytes_per_second=900e9,
         tdp_watts=300,
         source="NVIDIA V100 datasheet",
+        compute_capability=(7, 0),
     ),
     GpuSpec(
         name="a10g",
@@ -194,6 +260,7 @@ _ROWS = (
         bandwidth_bytes_per_second=600e9,
         tdp_watts=300,
         source="NVIDIA A10G sheet of AWS G5; the fp32 rates are not stated there",
+        compute_capability=(8, 6),
     ),
 )
 
