@@ -1,11 +1,13 @@
 """What this machine has, which profile that is, and whether it is what a profile promises."""
 
+import dataclasses
 import glob
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 from accel_gpt2.catalog.gpus import GpuSpec, find_gpu
@@ -64,7 +66,7 @@ def detect_hardware(environment: Mapping[str, str] = os.environ) -> DetectedHard
         gpus, hidden_by = (), "ACCELERATE_USE_CPU"
     return DetectedHardware(
         gpus=tuple(gpu for _, gpu in gpus),
-        host_memory_bytes=psutil.virtual_memory().total,
+        host_memory_bytes=int(min(psutil.virtual_memory().total, _container_memory_bytes())),
         num_cores=_num_cores(),
         hidden_by=hidden_by,
     )
@@ -142,6 +144,14 @@ def _gpus_by_torch() -> _Gpus:
     return tuple(gpus)
 
 
+def _container_memory_bytes(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> float:
+    """What a container may use (cgroup version 2), which its kernel enforces by killing."""
+    try:
+        return float(limit.read_text(encoding="ascii").replace("max", "inf"))
+    except (OSError, ValueError):
+        return float("inf")
+
+
 def _num_cores() -> int:
     # The cores that this process may use, which in a container are fewer than the machine's.
     if hasattr(os, "sched_getaffinity"):
@@ -215,6 +225,23 @@ def choose_profile(name: str, detected: DetectedHardware) -> HardwareProfile:
     return profile
 
 
+def planned_profile(name: str, detect: Callable[[], DetectedHardware]) -> HardwareProfile:
+    """The machine that a plan is made for: a named one need not be here, and none is looked for.
+
+    Raises:
+        UsageError: when no profile has this name.
+    """
+    if name in PROFILES and PROFILES[name].gpu is not None:
+        return PROFILES[name]
+    detected = detect()
+    return profile_here(choose_profile(name, detected), detected)
+
+
+def profile_here(profile: HardwareProfile, detected: DetectedHardware) -> HardwareProfile:
+    """A profile with the host memory that this machine really has."""
+    return dataclasses.replace(profile, host_memory_bytes=detected.host_memory_bytes)
+
+
 def _require(profile: HardwareProfile, gpu: GpuSpec, detected: DetectedHardware) -> None:
     problems = []
     if len(detected.gpus) < profile.num_gpus:
@@ -269,19 +296,20 @@ def check_profile(
 
 
 def _precision_warnings(profile: HardwareProfile, mixed_precision: str) -> list[str]:
+    computes_in_bf16 = mixed_precision in {"bf16", "pure_bf16"}
     if profile.gpu is None:
         if mixed_precision == "fp16":
             raise DoesNotFitError(
                 "mixed_precision = 'fp16' needs a GPU, and this runs on the CPU: give "
                 "--mixed-precision no."
             )
-        slow = mixed_precision == "bf16"
+        slow = computes_in_bf16
         where = "most CPUs compute bf16 far more slowly than fp32"
     else:
         peaks = profile.gpu.peak_flops
-        slow = mixed_precision == "bf16" and bool(peaks) and "bf16" not in peaks
+        slow = computes_in_bf16 and bool(peaks) and "bf16" not in peaks
         where = f"{profile.gpu.display_name} only emulates bf16; fp16 is its fast precision"
-    return [f"mixed_precision is bf16: {where}."] if slow else []
+    return [f"mixed_precision is {mixed_precision}: {where}."] if slow else []
 
 
 def describe_profile(profile: HardwareProfile) -> str:

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -99,6 +99,25 @@ def accelerate_config(profile: HardwareProfile, mixed_precision: MixedPrecision)
         "debug": False,
     }
     return yaml.safe_dump(values, sort_keys=False)
+
+
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the newer name first
+
+
+def use_expandable_segments(
+    profile: HardwareProfile,
+    environment: MutableMapping[str, str] = os.environ,
+    platform: str = sys.platform,
+) -> None:
+    """Have torch's allocator grow its blocks of GPU memory, before torch is imported.
+
+    Batches of many shapes leave gaps between blocks of fixed sizes: torch would reserve 4 to 31%
+    more than it allocates. It can do so on Linux; what the person has set stays.
+    """
+    if profile.gpu is None or platform != "linux":
+        return
+    if not any(name in environment for name in _ALLOCATOR_VARIABLES):
+        environment[_ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def training_launch(

@@ -31,6 +31,7 @@ from accel_gpt2.cli.launcher import (
     starter,
     stop_with_parent,
     training_launch,
+    use_expandable_segments,
 )
 from accel_gpt2.cli.options import TrainOptions, train_command
 from accel_gpt2.cli.output import is_main_process, print_line, say, warn
@@ -166,6 +167,7 @@ def train_here(options: TrainOptions) -> None:
     """
     stop_with_parent()
     choice = choose(options)
+    use_expandable_segments(choice.profile)
     if options.dry_run:
         if is_main_process():
             show_recipe(choice.resolved)

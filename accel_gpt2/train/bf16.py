@@ -119,6 +119,7 @@ class Bf16Optimizer(Optimizer):
         self._stepper.state[weight] = own | {key: x.float() for key, x in moments.items()}
         self._stepper.step()
         stepped = self._stepper.state.pop(weight)
+        self._stepper.param_groups = []
         weight.grad = None  # makes room for the random numbers
 
         if parameter.dtype != torch.bfloat16:
