@@ -55,8 +55,17 @@ Not evaluated yet: type `accel-gpt2 evaluate {{ directory }}`.
 
     accel-gpt2 predict {{ directory }} "some text"
 
-Each `class-*/final/` is a model that transformers{{ "/peft" if recipe.finetuning == "lora" }} loads
+Each `class-*/final/` is a model that transformers{{ "/peft" if recipe.finetuning != "full" }} loads
 as it is. {{ use }}
+{%- if recipe.finetuning == "qlora" %}
+
+The adapters were trained on a base in 4 bits and are scored on it. `from_pretrained` of peft's
+`AutoPeftModel...` makes the same one with
+
+    quantization_config=BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+{%- endif %}
 
 ## Limits
 

@@ -21,6 +21,7 @@ from accel_gpt2.classify.prepare import PreparedData
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.objective import TrainedModel
 from accel_gpt2.train.progress import TrainProgress
+from accel_gpt2.train.quantized import num_weights
 from accel_gpt2.train.schedule import BatchSchedule
 from accel_gpt2.units import format_bytes, format_count
 from accel_gpt2.versions import installed_versions
@@ -44,13 +45,13 @@ def describe_plan(
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parameters = list(model.finals[0].parameters())
-    num_parameters = sum(p.numel() for p in parameters)
+    num_parameters = sum(num_weights(p) for p in parameters)
     num_trainable = sum(p.numel() for p in parameters if p.requires_grad)
     # Weights in fp32 and what the optimizer keeps; random states and JSON are a few KiB.
     state_bytes = OPTIMIZERS[recipe.optimizer].state_bytes_per_parameter
     checkpoint_bytes = round((4 + state_bytes) * trained)
     exported = len(model.finals) * (
-        num_trainable if recipe.finetuning == "lora" else num_parameters
+        num_parameters if recipe.finetuning == "full" else num_trainable
     )
     own = [part.own(data.train) for part in parts]
     saves = [

@@ -1,6 +1,7 @@
 """The options of `train` and of `launch/train.py`, defined once, and those that every verb has."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -81,7 +82,7 @@ def train_command(act: Callable[[TrainOptions], None]) -> Callable[..., None]:
         ] = None,
         finetuning: Annotated[
             Finetuning | None,
-            typer.Option(help="Train all weights, or a LoRA adapter."),
+            typer.Option(help="Train all weights, a LoRA adapter, or one on a base in 4 bits."),
         ] = None,
         dataset: DatasetOption = None,
         max_length: Annotated[
@@ -188,6 +189,26 @@ def train_command(act: Callable[[TrainOptions], None]) -> Callable[..., None]:
     return train
 
 
+def with_train_options(
+    act: Callable[..., None], *, without: Collection[str] = ()
+) -> Callable[..., None]:
+    """A Typer command with the options of `train`, `without` some, and after them those of `act`.
+
+    `act` takes what `train` would be given as its first argument, and its own options by keyword.
+    """
+    own = list(inspect.signature(act).parameters.values())[1:]
+    shared = inspect.signature(train_command(act)).parameters.values()
+
+    def command(**typed: object) -> None:
+        mine = {parameter.name: typed.pop(parameter.name) for parameter in own}
+        train_command(lambda options: act(options, **mine))(**typed)
+
+    parameters = [x for x in shared if x.name not in without]
+    command.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
+    command.__name__, command.__doc__ = act.__name__, act.__doc__
+    return command
+
+
 _OPTION_NAMES = {"max_time_seconds": "--max-time"}
 
 
@@ -219,3 +240,30 @@ def command_line_layers(values: dict[str, object], assignments: list[str]) -> tu
     if problems:
         raise UsageError("\n".join(problems))
     return (*options, assigned) if assigned.values else tuple(options)
+
+
+def typed_words(options: TrainOptions) -> list[str]:
+    """What was typed of a recipe and its directory, as words of a command line.
+
+    >>> typed_words(TrainOptions(layers=command_line_layers(
+    ...     {"model": "gpt2", "gradient_checkpointing": False}, ["class_names=no,yes"])))
+    ['--model', 'gpt2', '--no-gradient-checkpointing', '--set', 'class_names=no,yes']
+    """
+    words = [] if options.recipe_file is None else ["--recipe", str(options.recipe_file)]
+    for layer in options.layers:
+        for key, value in layer.values.items():
+            if layer.origin == "--set":
+                words += ["--set", f"{key}={_typed_value(value)}"]
+            elif isinstance(value, bool):
+                words.append(layer.origin if value else layer.origin.replace("--", "--no-", 1))
+            else:
+                words += [layer.origin, _typed_value(value)]
+    return (
+        words if options.output_dir is None else [*words, "--output-dir", str(options.output_dir)]
+    )
+
+
+def _typed_value(value: object) -> str:
+    if isinstance(value, bool | None):
+        return str(value).lower()
+    return ",".join(value) if isinstance(value, tuple) else str(value)

@@ -25,15 +25,15 @@ _OF_A_START = frozenset({LOCK_FILE, OWNER_FILE, STATUS_FILE})
 
 
 def default_run_directory(recipe: TrainRecipe) -> Path:
-    """`runs/<dataset>-<model>[-lora]`, in characters that every file system takes.
+    """`runs/<dataset>-<model>[-lora|-qlora]`, in characters that every file system takes.
 
     >>> default_run_directory(TrainRecipe(dataset="fancyzhx/ag_news", finetuning="lora"))
     PosixPath('runs/fancyzhx-ag_news-gpt2-lora')
     >>> default_run_directory(TrainRecipe(dataset="/data/My texts.csv", model="./my-model/"))
     PosixPath('runs/My-texts-my-model')
     """
-    lora = "-lora" if recipe.finetuning == "lora" else ""
-    return Path("runs") / f"{_slug(recipe.dataset)}-{_slug(recipe.model)}{lora}"
+    adapter = "" if recipe.finetuning == "full" else f"-{recipe.finetuning}"
+    return Path("runs") / f"{_slug(recipe.dataset)}-{_slug(recipe.model)}{adapter}"
 
 
 def _slug(name: str) -> str:

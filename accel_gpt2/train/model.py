@@ -17,12 +17,14 @@ from accel_gpt2.data.weights import weights_are_cached, weights_location
 from accel_gpt2.errors import UsageError, UserError
 from accel_gpt2.failures import machine_failure
 from accel_gpt2.recipe import Objective, TrainRecipe
+from accel_gpt2.train.bf16 import cast_to_bf16
 from accel_gpt2.train.causal import LanguageModel
 from accel_gpt2.train.classifier import DocumentClassifier
 from accel_gpt2.train.hybrid import HybridLanguageModels
 from accel_gpt2.train.manifest import verify
 from accel_gpt2.train.masked import MaskedLanguageModel, PllEstimator
 from accel_gpt2.train.objective import TrainedModel, TransformersModel
+from accel_gpt2.train.quantized import nf4_config, settle_nf4
 
 # What transformers' decoder families call their dropout rates.
 _DROPOUT_FIELDS = (
@@ -63,7 +65,10 @@ def build_model(
     log_prior: NDArray[np.float64] | None = None,
     mean_tokens: float = 1.0,
 ) -> TrainedModel:
-    """The recipe's model on the CPU in fp32, from weights or from the seed, adapter included.
+    """The recipe's model on the CPU, from weights or from the seed, adapter included.
+
+    It is fp32, and bf16 with `mixed_precision = "pure_bf16"`. With a base in 4 bits
+    (`finetuning = "qlora"`) it is on this process's GPU, if there is one.
 
     Args:
         vocab_size, eos_token_id, mask_token_id, pad_token_id: of the tokenizer that made the
@@ -81,20 +86,25 @@ def build_model(
         mask_token_id=mask_token_id,
         pad_token_id=pad_token_id,
     )
-    if recipe.objective == "hybrid":
-        assert log_prior is not None, "a hybrid weighs its classes"
-        models = [_language_model(recipe, tokens) for _ in class_names]
-        return HybridLanguageModels(
-            models,
-            discriminative_weight=recipe.discriminative_weight,
-            log_prior=log_prior,
-            mean_tokens=mean_tokens,
-        )
-    if recipe.objective == "masked_lm":
-        return _wrap(_transformers_model(recipe, tokens), recipe, tokens)
-    if recipe.objective == "classification":
-        return _wrap(_transformers_model(recipe, tokens, class_names), recipe, tokens)
-    return _language_model(recipe, tokens)
+    model: TrainedModel
+    match recipe.objective:
+        case "hybrid":
+            assert log_prior is not None, "a hybrid weighs its classes"
+            model = HybridLanguageModels(
+                [_language_model(recipe, tokens) for _ in class_names],
+                discriminative_weight=recipe.discriminative_weight,
+                log_prior=log_prior,
+                mean_tokens=mean_tokens,
+            )
+        case "masked_lm":
+            model = _wrap(_transformers_model(recipe, tokens), recipe, tokens)
+        case "classification":
+            model = _wrap(_transformers_model(recipe, tokens, class_names), recipe, tokens)
+        case _:
+            model = _language_model(recipe, tokens)
+    if recipe.mixed_precision == "pure_bf16":
+        cast_to_bf16(model)
+    return model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +141,7 @@ def _transformers_model(
     _check_positions(model.config, recipe)
     if recipe.gradient_checkpointing:
         _checkpoint_activations(model)
-    if recipe.finetuning == "lora":
+    if recipe.finetuning != "full":
         model = _add_lora(model, recipe)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
@@ -224,7 +234,6 @@ def load_final(
         mask_token_id=tokenizer.mask_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    auto_class = _auto_class(recipe)
     with _readable(f"model in {directory}"):
         if (directory / "adapter_config.json").is_file():
             from peft import PeftModel
@@ -235,19 +244,17 @@ def load_final(
             config = _read_config(location)
             _fuse_gelu(config, recipe)
             _set_tokens(config, tokens, recipe, class_names)
-            base = auto_class.from_pretrained(
-                location,
-                config=config,
-                **_LOADING,
-                dtype=torch.float32,
-                local_files_only=weights_are_cached(location),
-            )
+            base = _read_weights(location, config, recipe)
             model: Any = PeftModel.from_pretrained(base, directory)
         else:
+            auto_class = _auto_class(recipe)
             model = auto_class.from_pretrained(
                 directory, **_LOADING, dtype=torch.float32, local_files_only=True
             )
-    return _wrap(model, recipe, tokens, estimator=pll or PllEstimator()).eval()
+    wrapped = _wrap(model, recipe, tokens, estimator=pll or PllEstimator()).eval()
+    if recipe.mixed_precision == "pure_bf16":
+        cast_to_bf16(wrapped)  # an adapter's base was bf16 when the adapter was trained
+    return wrapped
 
 
 def load_final_tokenizer(directory: Path) -> TextTokenizer:
@@ -273,19 +280,35 @@ def _auto_class(recipe: TrainRecipe) -> Any:
 
 
 def _pretrained(recipe: TrainRecipe, tokens: _Tokens, class_names: Sequence[str]) -> Any:
-    location, auto_class = weights_location(recipe.model), _auto_class(recipe)
+    location = weights_location(recipe.model)
     with _readable(f"weights of {recipe.model}"):
         config = _read_config(location)
         _apply_recipe(config, recipe)
         _set_tokens(config, tokens, recipe, class_names)
         torch.manual_seed(recipe.seed)  # a classification head is new
-        return auto_class.from_pretrained(
-            location,
-            config=config,
-            **_LOADING,
-            dtype=torch.float32,
-            local_files_only=weights_are_cached(location),
-        )
+        return _read_weights(location, config, recipe)
+
+
+def _read_weights(location: str, config: Any, recipe: TrainRecipe) -> Any:
+    """The published model, in fp32 or its linear layers in 4 bits."""
+    auto_class = _auto_class(recipe)
+    in_nf4 = recipe.finetuning == "qlora"
+    quantization = None
+    if in_nf4:
+        with torch.device("meta"):
+            shell = auto_class.from_config(config, trust_remote_code=False)
+        quantization = nf4_config(shell, recipe)
+    model = auto_class.from_pretrained(
+        location,
+        config=config,
+        quantization_config=quantization,
+        **_LOADING,
+        dtype=torch.float32,
+        local_files_only=weights_are_cached(location),
+    )
+    if in_nf4:
+        settle_nf4(model, recipe)
+    return model
 
 
 def _set_tokens(
@@ -329,7 +352,7 @@ def _readable(what: str) -> Iterator[None]:
 
 def _from_scratch(recipe: TrainRecipe, tokens: _Tokens, class_names: Sequence[str]) -> Any:
     with _readable(f"configuration of {recipe.model}"):
-        config = _fresh_config(recipe, tokens)
+        config = fresh_config(recipe, pad_token_id=tokens.pad_token_id)
     config.vocab_size = tokens.vocab_size
     config.bos_token_id = config.eos_token_id = tokens.eos_token_id
     config.pad_token_id = tokens.pad_token_id
@@ -342,7 +365,8 @@ def _from_scratch(recipe: TrainRecipe, tokens: _Tokens, class_names: Sequence[st
         return auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
-def _fresh_config(recipe: TrainRecipe, tokens: _Tokens) -> Any:
+def fresh_config(recipe: TrainRecipe, *, pad_token_id: int | None) -> Any:
+    """The configuration of transformers that says the model's shape; nothing else is settled."""
     from transformers import GPT2Config, RobertaConfig
 
     row = MODELS.get(recipe.model)
@@ -358,7 +382,7 @@ def _fresh_config(recipe: TrainRecipe, tokens: _Tokens) -> Any:
         hidden_size=row.n_embd,
         intermediate_size=4 * row.n_embd,
         # It counts from behind the id of the padding token.
-        max_position_embeddings=row.n_positions + 1 + (tokens.pad_token_id or 0),
+        max_position_embeddings=row.n_positions + 1 + (pad_token_id or 0),
         type_vocab_size=1,
         layer_norm_eps=1e-5,
     )
@@ -400,7 +424,9 @@ def _add_lora(model: Any, recipe: TrainRecipe) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
-    conv1d = any(isinstance(module, Conv1D) for module in model.modules())
+    # A 4-bit layer remembers what it stands for.
+    layers = (getattr(module, "source_cls", type(module)) for module in model.modules())
+    conv1d = Conv1D in layers
     targets: Any = list(recipe.lora_target_modules)
     if not targets:
         targets = list(_GPT2_PROJECTIONS) if conv1d else "all-linear"
@@ -426,7 +452,7 @@ def _check_logits(model: LanguageModel, vocab_size: int) -> None:
     base = model.transformers_model
     was_training = base.training
     base.eval()
-    input_ids = torch.arange(8)[None] % vocab_size
+    input_ids = torch.arange(8, device=base.device)[None] % vocab_size
     other_end = input_ids.clone()
     other_end[0, -1] = (other_end[0, -1] + 1) % vocab_size
     log_probabilities, with_other_end = (
