@@ -40,15 +40,20 @@ def content_key(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
+def find_cached(kind: str, key: str, suffix: str) -> Path | None:
+    """The intact file of this key, None where there is none."""
+    return _intact_file(cache_directory() / kind, key, suffix)
+
+
 def cached_file(kind: str, key: str, suffix: str, build: Callable[[Path], None]) -> Path:
     """The intact file of this key; `build` writes it to the path it is given where there is none.
 
     Raises:
         UserError: when the cache folder cannot be written or is full.
     """
-    folder = cache_directory() / kind
-    if (found := _intact_file(folder, key, suffix)) is not None:
+    if (found := find_cached(kind, key, suffix)) is not None:
         return found
+    folder = cache_directory() / kind
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
