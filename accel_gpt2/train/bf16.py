@@ -70,8 +70,8 @@ class Bf16Optimizer(Optimizer):
 
     The state is the other optimizer's own, by its names, with AdamW's moments in bf16 (rounded by
     chance, or a beta2 near 1 would stand still), and for kahan `compensation`, bf16: what the
-    weight lacks. Random numbers depend on the seed and the step alone, so that they are the same on
-    all ranks and after a resume.
+    weight lacks, itself rounded by chance. Random numbers depend on the seed and the step alone, so
+    that they are the same on all ranks and after a resume.
 
     Args:
         build: makes the other optimizer for groups of parameters.
@@ -107,8 +107,8 @@ class Bf16Optimizer(Optimizer):
         self, parameter: Tensor, group: Mapping[str, Any], generator: torch.Generator
     ) -> None:
         own = self.state[parameter]
-        compensation = own.pop("compensation", None)
         moments = {key: value for key, value in own.items() if key in _MOMENTS}
+        compensation = own.pop("compensation", None)
         weight = nn.Parameter(parameter.detach().float())
         if compensation is not None:
             weight.add_(compensation)
@@ -135,7 +135,10 @@ class Bf16Optimizer(Optimizer):
             round_stochastically(weight.detach(), parameter.detach(), generator)
         else:
             parameter.copy_(weight)
-            own["compensation"] = weight.sub_(parameter).bfloat16()
+            if compensation is None:
+                compensation = torch.empty_like(parameter)
+            round_stochastically(weight.detach().sub_(parameter), compensation, generator)
+            own["compensation"] = compensation
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "num_steps": self._num_steps}
