@@ -4,101 +4,29 @@ Exact arithmetic for GPT-2 language models (`covers`); every other architecture 
 (`accel_gpt2.trace`), and gives a `MemoryPlan` too. Bytes everywhere.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 from accel_gpt2.catalog.models import ModelSpec
 from accel_gpt2.catalog.profiles import HardwareProfile
 from accel_gpt2.catalog.strategies import ShardingStrategy
+from accel_gpt2.plan.device_memory import StateSizes, assemble_plan
+from accel_gpt2.plan.gpt2_memory import PROJECTIONS, Gpt2Step
+from accel_gpt2.plan.memory_types import ByteRange, MemoryPhase, MemoryPlan, MemoryTerm, Verdict
 from accel_gpt2.recipe import TrainRecipe
 
-Verdict = Literal["fits", "tight", "does not fit"]
+__all__ = [
+    "ByteRange",
+    "MemoryPhase",
+    "MemoryPlan",
+    "MemoryTerm",
+    "StateSizes",
+    "Verdict",
+    "assemble_plan",
+    "covers",
+    "micro_batch",
+    "plan_memory",
+]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryTerm:
-    """Some bytes, and the sentence that says where they come from."""
-
-    name: str
-    bytes: int
-    why: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryPhase:
-    """All that is allocated at the fullest moment of one phase."""
-
-    name: str
-    terms: tuple[MemoryTerm, ...]
-
-    @property
-    def bytes(self) -> int:
-        """The sum of the terms."""
-        return sum(term.bytes for term in self.terms)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ByteRange:
-    """What is expected, and what it may come to instead."""
-
-    low: int
-    expected: int
-    high: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryPlan:
-    """What one process of a training needs on its device, and the machine in RAM and on disk.
-
-    `reserved` is what the allocator takes from the driver, `device` what the driver's own tools
-    show, contexts and libraries included. `usable_bytes` is what the device has for them, None
-    where that is not known. `host` and `disk` are of all processes and classes together.
-    """
-
-    phases: tuple[MemoryPhase, ...]
-    reserved: ByteRange
-    device: ByteRange
-    usable_bytes: int | None
-    host: tuple[MemoryTerm, ...]
-    disk: tuple[MemoryTerm, ...]
-    source: Literal["closed form", "trace"]
-
-    @property
-    def peak(self) -> MemoryPhase:
-        """The phase that needs most."""
-        return max(self.phases, key=lambda phase: phase.bytes)
-
-    @property
-    def terms(self) -> tuple[MemoryTerm, ...]:
-        """Of the peak."""
-        return self.peak.terms
-
-    @property
-    def allocated_bytes(self) -> int:
-        """What `torch.cuda.max_memory_allocated` will say."""
-        return self.peak.bytes
-
-    @property
-    def host_bytes(self) -> int:
-        """RAM of the machine."""
-        return sum(term.bytes for term in self.host)
-
-    @property
-    def disk_bytes(self) -> int:
-        """Disk of the run directory at its fullest."""
-        return sum(term.bytes for term in self.disk)
-
-    @property
-    def verdict(self) -> Verdict:
-        """Whether `device` stays within what is usable: all of its range, its middle, or not."""
-        if self.usable_bytes is None or self.device.high <= self.usable_bytes:
-            return "fits"
-        return "tight" if self.device.expected <= self.usable_bytes else "does not fit"
-
-    @property
-    def advice(self) -> str:
-        """One sentence: what to change to lower the peak."""
-        raise NotImplementedError
+# Padded tokens for each document token: length buckets leave 3% (docs/decisions/001-batches.md).
+_PADDING = 1.03
 
 
 def covers(recipe: TrainRecipe, model: ModelSpec) -> bool:
@@ -108,7 +36,36 @@ def covers(recipe: TrainRecipe, model: ModelSpec) -> bool:
     >>> covers(TrainRecipe(), MODELS["gpt2"]), covers(TrainRecipe(), MODELS["roberta-base"])
     (True, False)
     """
-    return model.model_type == "gpt2" and recipe.objective in {"generative", "unconditional"}
+    return (
+        model.model_type == "gpt2"
+        and recipe.objective in {"generative", "unconditional"}
+        and all(
+            any(path == target or path.endswith(f".{target}") for path in PROJECTIONS)
+            for target in recipe.lora_target_modules
+        )
+    )
+
+
+def micro_batch(
+    recipe: TrainRecipe, *, longest_tokens: int, world_size: int = 1
+) -> tuple[int, bool]:
+    """The largest micro batch in padded tokens, and whether a step may have more than one.
+
+    >>> micro_batch(TrainRecipe(micro_batch_tokens=4096, global_batch_tokens=8192),
+    ...             longest_tokens=1024)
+    (4096, True)
+    >>> micro_batch(TrainRecipe(micro_batch_tokens=4096, global_batch_size=2,
+    ...             global_batch_tokens=None), longest_tokens=1024)
+    (2046, False)
+    """
+    length = longest_tokens - 1  # what goes in: all but the last token
+    if recipe.global_batch_size is not None:
+        padded = float(recipe.global_batch_size * length)
+    else:
+        padded = max(_PADDING * (recipe.global_batch_tokens or 0), length)
+    share = padded / world_size
+    tokens = max(length, min(recipe.micro_batch_tokens, round(share)))
+    return tokens, share > recipe.micro_batch_tokens and share > length
 
 
 def plan_memory(
@@ -119,6 +76,7 @@ def plan_memory(
     *,
     longest_tokens: int,
     stock_loss: bool = False,
+    num_classes: int = 1,
 ) -> MemoryPlan:
     """Every term of every phase, in well under a millisecond.
 
@@ -127,5 +85,27 @@ def plan_memory(
         longest_tokens: of the longest document, BOS and EOS included.
         stock_loss: transformers' own loss under accelerate, which is what others train with, in
             place of ours.
+        num_classes: models that leave their checkpoints on the disk.
     """
-    raise NotImplementedError
+    world_size = 1 if strategy.backend == "none" else max(1, profile.num_gpus)
+    tokens, accumulates = micro_batch(recipe, longest_tokens=longest_tokens, world_size=world_size)
+    step = Gpt2Step(
+        recipe=recipe,
+        model=model,
+        strategy=strategy,
+        world_size=world_size,
+        tokens=tokens,
+        length=longest_tokens - 1,
+        accumulates=accumulates,
+        stock_loss=stock_loss,
+        on_gpu=profile.gpu is not None,
+    )
+    return assemble_plan(
+        step.phases(),
+        step.sizes(),
+        recipe,
+        profile,
+        strategy,
+        num_classes=num_classes,
+        source="closed form",
+    )

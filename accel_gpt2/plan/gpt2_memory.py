@@ -1,0 +1,721 @@
+"""The memory of GPT-2's training step in closed form, phase by phase and term by term.
+
+N are the padded tokens of a micro batch, d is n_embd, L n_layer, V vocab_size, P the number of
+trained parameters, C the tokens of a loss chunk. Where a coefficient is counted from the tensors
+that autograd saves, the tensors are named; where it was read off traces of the step
+(`accel_gpt2.trace`), it says so. docs/decisions/009-memory.md tells how, and
+docs/benchmarks/2026-11-23-memory-closed-form.md how far off it is.
+"""
+
+import math
+from dataclasses import dataclass
+
+from accel_gpt2.catalog.models import ModelSpec
+from accel_gpt2.catalog.optimizers import OPTIMIZERS
+from accel_gpt2.catalog.strategies import ShardingStrategy
+from accel_gpt2.plan.device_memory import StateSizes
+from accel_gpt2.plan.memory_types import MemoryPhase, MemoryTerm
+from accel_gpt2.recipe import TrainRecipe
+
+# A block's four projections by path, with inputs and outputs in units of d.
+PROJECTIONS = {
+    "attn.c_attn": (1, 3),
+    "attn.c_proj": (1, 1),
+    "mlp.c_fc": (1, 4),
+    "mlp.c_proj": (4, 1),
+}
+
+# NF4 with double quantisation: half a byte a weight, an 8-bit scale for each 64, and an fp32 scale
+# of those for each 256 (Dettmers et al. 2023, section 3).
+_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpt2Step:
+    """One training step of one process.
+
+    `tokens` are those of a micro batch, padding included, and `length` those of its longest
+    document that go in. `accumulates` says whether a step has more than one micro batch, so that
+    gradients are there while the next one goes through.
+    """
+
+    recipe: TrainRecipe
+    model: ModelSpec
+    strategy: ShardingStrategy
+    world_size: int
+    tokens: int
+    length: int
+    accumulates: bool
+    stock_loss: bool
+    on_gpu: bool
+
+    # ---- Widths, in bytes an element.
+
+    @property
+    def autocast(self) -> bool:
+        """Whether fp32 weights are copied to 16 bits for every product."""
+        return self.recipe.mixed_precision in {"fp16", "bf16"} and not self._engine_casts
+
+    @property
+    def _engine_casts(self) -> bool:
+        # DeepSpeed and FSDP2 hand the model 16-bit weights; the fp32 ones are theirs.
+        return self.strategy.is_sharded and self.recipe.mixed_precision in {"fp16", "bf16"}
+
+    @property
+    def pure(self) -> bool:
+        """Whether the model itself is in 16 bits."""
+        return self.recipe.mixed_precision == "pure_bf16" or self._engine_casts
+
+    @property
+    def weight(self) -> int:
+        """Of the model's weights and their gradients."""
+        return 2 if self.pure else 4
+
+    @property
+    def compute(self) -> int:
+        """Of what matrix products take and give."""
+        return 4 if self.recipe.mixed_precision == "no" else 2
+
+    @property
+    def stream(self) -> int:
+        """Of the residual stream."""
+        return self.weight
+
+    # ---- Sizes.
+
+    @property
+    def nd(self) -> int:
+        """Elements of one hidden state."""
+        return self.tokens * self.model.n_embd
+
+    @property
+    def head(self) -> int:
+        """Weights of the tied head."""
+        return self.model.vocab_size * self.model.n_embd
+
+    @property
+    def block_matrices(self) -> int:
+        """Weights of a block's four projections."""
+        return 12 * self.model.n_embd**2
+
+    @property
+    def chunk_logits(self) -> int:
+        """Logits of a loss chunk."""
+        return min(self.recipe.loss_chunk_tokens, self.tokens) * self.model.vocab_size
+
+    @property
+    def full(self) -> bool:
+        """Whether every parameter is trained."""
+        return self.recipe.finetuning == "full"
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """The projections that have an adapter."""
+        if self.full:
+            return ()
+        targets = self.recipe.lora_target_modules
+        return tuple(
+            path
+            for path in PROJECTIONS
+            if not targets or any(path == t or path.endswith(f".{t}") for t in targets)
+        )
+
+    @property
+    def trained_shapes(self) -> list[tuple[tuple[int, ...], int]]:
+        """Shapes of the trained tensors, and how many there are of each; the largest first."""
+        d, layers, rank = self.model.n_embd, self.model.n_layer, self.recipe.lora_rank
+        if not self.full:
+            pairs = (PROJECTIONS[path] for path in self.adapted)
+            return [
+                shape
+                for inputs, outputs in sorted(pairs, key=max, reverse=True)
+                for shape in (((rank, inputs * d), layers), ((outputs * d, rank), layers))
+            ]
+        return [
+            ((self.model.vocab_size, d), 1),
+            ((self.model.n_positions, d), 1),
+            ((d, 4 * d), layers),
+            ((4 * d, d), layers),
+            ((d, 3 * d), layers),
+            ((d, d), layers),
+            ((4 * d,), layers),
+            ((3 * d,), layers),
+            ((d,), 6 * layers + 2),
+        ]
+
+    @property
+    def num_trained(self) -> int:
+        """Trained parameters."""
+        return sum(math.prod(shape) * count for shape, count in self.trained_shapes)
+
+    @property
+    def num_adapter_parameters(self) -> int:
+        """Parameters of the adapters."""
+        return 0 if self.full else self.num_trained
+
+    def shard(self, whole: float, *, sharded: bool) -> float:
+        """A process's share of something."""
+        return whole / self.world_size if sharded else whole
+
+    # ---- What is there all the time.
+
+    def resident(self) -> tuple[MemoryTerm, ...]:
+        """Weights, optimizer state, and what else outlives a step."""
+        terms = [self._parameters()]
+        if not self.full:
+            terms.append(
+                _term(
+                    "adapters",
+                    self.num_adapter_parameters * self._adapter_width,
+                    f"{self.num_adapter_parameters:,} LoRA weights x {self._adapter_width} bytes",
+                )
+            )
+        terms += self._master_weights()
+        terms.append(self._optimizer_state())
+        if self.strategy.backend == "ddp":
+            terms.append(
+                _term(
+                    "DDP buckets",
+                    self.num_trained * self._trained_width,
+                    "a second copy of the gradients, in which they are exchanged",
+                )
+            )
+        if self.strategy.backend == "deepspeed":
+            terms.append(self._deepspeed_buckets())
+        terms.append(
+            _term(
+                "token ids",
+                17 * self.tokens,
+                f"{self.tokens:,} tokens x (8 for the input + 8 for the target + 1 byte)",
+            )
+        )
+        return tuple(terms)
+
+    @property
+    def _adapter_width(self) -> int:
+        return self.weight
+
+    @property
+    def _trained_width(self) -> int:
+        return self.weight if self.full else self._adapter_width
+
+    def _parameters(self) -> MemoryTerm:
+        sharded = self.strategy.shards_parameters
+        width = 4 if self.strategy.backend == "fsdp2" and not self._plain_pure else self.weight
+        count = self.model.num_parameters
+        share = f" / {self.world_size} processes" if sharded else ""
+        if self.recipe.finetuning != "qlora":
+            if self.strategy.offloads_parameters:
+                # deepspeed/runtime/zero/partition_parameters.py: gathered one module at a time.
+                return _term(
+                    "parameters",
+                    width * self.head,
+                    f"the largest module, {self.head:,} x {width} bytes; the rest is in host "
+                    "memory",
+                )
+            return _term(
+                "parameters",
+                self.shard(width * count, sharded=sharded),
+                f"{count:,} x {width} bytes{share}",
+            )
+        quantized = self.model.n_layer * self.block_matrices
+        return _term(
+            "parameters",
+            quantized * _NF4_BYTES + (count - quantized) * width,
+            f"{quantized:,} in NF4 x {_NF4_BYTES:.3f} bytes + the other {count - quantized:,} x "
+            f"{width}",
+        )
+
+    @property
+    def _plain_pure(self) -> bool:
+        return self.recipe.mixed_precision == "pure_bf16"
+
+    def _master_weights(self) -> list[MemoryTerm]:
+        # deepspeed/runtime/zero/stage_1_and_2.py and stage3.py: single_partition_of_fp32_groups,
+        # also where the model is fp32 itself.
+        if self.strategy.backend != "deepspeed" or self.strategy.offloads_optimizer:
+            return []
+        return [
+            _term(
+                "master weights",
+                self.shard(4 * self.num_trained, sharded=True),
+                f"{self.num_trained:,} x 4 bytes / {self.world_size} processes, DeepSpeed's own",
+            )
+        ]
+
+    def _optimizer_state(self) -> MemoryTerm:
+        if self.strategy.offloads_optimizer:
+            return _term("optimizer state", 0, "in host memory")
+        total = self.optimizer_state_bytes()
+        sharded = self.strategy.shards_optimizer
+        share = f" / {self.world_size} processes" if sharded else ""
+        why = f"{self.recipe.optimizer}, {self.num_trained:,} parameters{share}"
+        if self._kahan:
+            why += ", with 2 bytes each of what rounding left over"
+        return _term("optimizer state", self.shard(total, sharded=sharded), why)
+
+    @property
+    def _kahan(self) -> bool:
+        return self._plain_pure and self.recipe.bf16_rounding == "kahan"
+
+    def optimizer_state_bytes(self) -> float:
+        """Of all processes together."""
+        spec = OPTIMIZERS[self.recipe.optimizer]
+        bf16 = self._plain_pure
+        moments = sum(
+            spec.state_bytes(shape, bf16=bf16) * count for shape, count in self.trained_shapes
+        )
+        return moments + (2 * self.num_trained if self._kahan else 0)
+
+    def _deepspeed_buckets(self) -> MemoryTerm:
+        # Two, so that one is filled while the other is exchanged: overlap_comm.
+        elements = 2 * self.strategy.bucket_elements
+        if self.strategy.zero_stage == 3:
+            elements += self.strategy.bucket_elements  # stage3_prefetch_bucket_size
+        return _term(
+            "exchange buckets", elements * self.weight, f"{elements:,} x {self.weight} bytes"
+        )
+
+    @property
+    def gradient_bytes(self) -> float:
+        """Of all trained parameters, as long as a process holds them."""
+        width = 4 if self.strategy.backend == "fsdp2" and not self._plain_pure else None
+        whole = self.num_trained * (width or self._trained_width)
+        return self.shard(whole, sharded=self.strategy.shards_gradients)
+
+    def held_gradients(self) -> list[MemoryTerm]:
+        """The gradients of earlier micro batches."""
+        if not self.accumulates:
+            return []
+        return [self.all_gradients("of the step's earlier micro batches")]
+
+    def all_gradients(self, when: str) -> MemoryTerm:
+        """The gradients of all trained parameters."""
+        return _term("gradients", self.gradient_bytes, f"{self.num_trained:,} parameters, {when}")
+
+    def sizes(self) -> StateSizes:
+        """What the training keeps, whole, as it is read and written."""
+        trained = self.num_trained * self._trained_width
+        whole = self.model.num_parameters * self.weight
+        return StateSizes(
+            parameters_bytes=whole,
+            trained_bytes=trained,
+            optimizer_bytes=round(self.optimizer_state_bytes()),
+            final_bytes=whole if self.full else trained,
+        )
+
+    # ---- Activations.
+
+    @property
+    def saved_per_token(self) -> float:
+        """Bytes an element of the hidden state that autograd keeps of one block.
+
+        Input and middle of the residual stream; what the four projections take (LayerNorm's
+        output, attention's output, LayerNorm's output, GELU's output) as long as a weight of theirs
+        is trained; query, key and value; attention's output; what GELU takes; two dropout masks.
+        """
+        e = self.compute
+        fed = {"attn.c_attn": 1, "mlp.c_fc": 1, "mlp.c_proj": 4}
+        products = sum(size for path, size in fed.items() if self.full or path in self.adapted)
+        saved = 2 * self.stream + e * (products + 3 + 1 + 4)
+        if not self.recipe.fused_gelu:
+            # gelu_new's own intermediate results, four times as wide: x and tanh and 1 + tanh in
+            # fp32 under autocast, because pow is.
+            saved += 4 * (4 + 4 + 4 if not self.pure else 2 + 2 + 2)
+        if self.recipe.dropout > 0:
+            saved += 2 * self._mask
+        if not self.full:
+            saved += self._adapter_inputs()
+        return saved
+
+    def _adapter_inputs(self) -> float:
+        """What adapters keep besides: attention's output as they take it, and dropout's masks."""
+        extra = 0.0
+        drops = self.recipe.lora_dropout > 0
+        if "attn.c_proj" in self.adapted and (self.autocast or drops):
+            extra += self.compute
+        if drops:
+            extra += sum(PROJECTIONS[path][0] for path in self.adapted)
+        return extra
+
+    @property
+    def _mask(self) -> int:
+        # CUDA's fused dropout keeps a byte; a CPU keeps the noise that it multiplied with.
+        return 1 if self.on_gpu else self.compute
+
+    @property
+    def block_bytes(self) -> float:
+        """What autograd keeps of one block, the 16-bit copies of its weights left out.
+
+        Besides `saved_per_token`: mean and deviation of two LayerNorms, attention's log-sum-exp per
+        head, and what goes from a LoRA matrix to the other.
+        """
+        per_token = 16 + 4 * self.model.n_head
+        per_token += len(self.adapted) * self.recipe.lora_rank * self.compute
+        return self.saved_per_token * self.nd + per_token * self.tokens + self._dropped_attention
+
+    @property
+    def _dropped_attention(self) -> float:
+        # Without a fused kernel that drops, a CPU keeps probabilities, noise and their product.
+        if self.on_gpu or self.recipe.dropout == 0:
+            return 0.0
+        return 3 * self.compute * self.model.n_head * self.length * self.tokens
+
+    @property
+    def weight_copies(self) -> float:
+        """16-bit copies of one block's weights, which its backward pass needs."""
+        if self.recipe.finetuning == "qlora":
+            return 0.0  # made anew for every product
+        return 2.0 * self.block_matrices if self.autocast else 0.0
+
+    @property
+    def embedding_bytes(self) -> float:
+        """What the first block takes, and the dropout before it."""
+        if not self.full and not self.recipe.gradient_checkpointing:
+            return 0.0  # nothing below the first adapter needs a gradient
+        embedded = self.stream * self.nd
+        if self.recipe.dropout > 0:
+            embedded += self._mask * self.nd
+        if not self.full:
+            embedded += self.stream * self.nd  # peft makes the embedding a leaf with a gradient
+        return embedded
+
+    def activations(self, blocks: int) -> list[MemoryTerm]:
+        """What is saved of the embedding and of so many blocks."""
+        per_block = (
+            f"({self.saved_per_token:g} bytes x {self.nd:,} + statistics) for each of {blocks} "
+            "blocks"
+        )
+        if self.recipe.gradient_checkpointing:
+            return [
+                _term(
+                    "block inputs",
+                    self.embedding_bytes + (blocks - 1) * self.stream * self.nd,
+                    f"{self.stream} bytes x {self.nd:,} for each of {blocks} blocks",
+                )
+            ]
+        terms = [
+            _term("saved activations", self.embedding_bytes + blocks * self.block_bytes, per_block)
+        ]
+        if self.autocast:
+            terms.append(self._copies(blocks))
+        return terms
+
+    def _copies(self, blocks: int) -> MemoryTerm:
+        return _term(
+            "16-bit copies of weights",
+            blocks * self.weight_copies,
+            f"autocast's, {self.weight_copies:,.0f} bytes for each of {blocks} blocks",
+        )
+
+    def forward_copies(self) -> list[MemoryTerm]:
+        """Autocast's copies that live until the forward pass ends, saved or not."""
+        if not (self.autocast and self.full):
+            return []  # frozen weights are not remembered
+        biases = 2 * 9 * self.model.n_embd * self.model.n_layer
+        matrices = self.weight_copies if self.recipe.gradient_checkpointing else 0.0
+        return [
+            _term(
+                "autocast's cache",
+                biases + matrices * self.model.n_layer,
+                "16-bit copies that live until the forward pass ends",
+            )
+        ]
+
+    def gathered(self, *, blocks: int) -> list[MemoryTerm]:
+        """Whole weights of the units in use, where each process has a share only."""
+        if not self.strategy.shards_parameters:
+            return []
+        d = self.model.n_embd
+        root = self.head + self.model.n_positions * d + 2 * d
+        elements = root + blocks * (self.block_matrices + 13 * d)
+        return [
+            _term(
+                "gathered weights",
+                elements * self.compute,
+                f"embeddings, head and {blocks} blocks, {elements:,} x {self.compute} bytes",
+            )
+        ]
+
+    # ---- The phases.
+
+    def phases(self) -> tuple[MemoryPhase, ...]:
+        """All of them, in the order of a step."""
+        return (
+            self._forward(),
+            self._loss(),
+            self._blocks(),
+            *([self._embedding()] if self.full else []),
+            self._optimizer(),
+            self._evaluation(),
+            self._saving(),
+        )
+
+    def _phase(self, name: str, *terms: MemoryTerm) -> MemoryPhase:
+        return MemoryPhase(
+            name=name, terms=tuple(term for term in (*self.resident(), *terms) if term.bytes)
+        )
+
+    def _outputs(self) -> list[MemoryTerm]:
+        if not self.stock_loss:
+            return []
+        width = 2 if self.pure else 4
+        logits = self.tokens * self.model.vocab_size
+        return [
+            _term(
+                "outputs kept", width * logits, f"{logits:,} logits x {width} bytes, in `outputs`"
+            )
+        ]
+
+    def _forward(self) -> MemoryPhase:
+        return self._phase(
+            "forward",
+            *self.held_gradients(),
+            *self.activations(self.model.n_layer),
+            *self.forward_copies(),
+            *self.gathered(blocks=2),
+            *self._outputs(),
+            _term(
+                "forward of a block",
+                self._forward_per_token * self.nd + self.length * self.model.n_embd * self.weight,
+                "what the last block has in hand, and the embeddings",
+            ),
+        )
+
+    @property
+    def _forward_per_token(self) -> float:
+        # Read off traces. Without checkpointing all but the sum of the residual is saved anyway.
+        if not self.full:
+            return self._adapter_transient - self.stream
+        if self.recipe.gradient_checkpointing:
+            return {4: 48, 2: 30 if self.autocast else 24}[self.compute]
+        return 3 * self.stream
+
+    def _loss(self) -> MemoryPhase:
+        chunk = self._stock_logits() if self.stock_loss else self._chunk()
+        hidden = 2 * self.stream * self.nd
+        forward = [
+            *self.forward_copies(),
+            *chunk,
+            _term(
+                "hidden states and their gradient",
+                0 if self.stock_loss else hidden + 32 * self.tokens,
+                f"2 x {self.stream} bytes x {self.nd:,}",
+            ),
+        ]
+        backward = [
+            *self._head_gradient(),
+            _term(
+                "hidden states and their gradient",
+                3 * self.stream * self.nd,
+                f"3 x {self.stream} bytes x {self.nd:,}",
+            ),
+        ]
+        fuller = max(forward, backward, key=lambda terms: sum(term.bytes for term in terms))
+        return self._phase(
+            "loss backward",
+            *self.held_gradients(),
+            *self.activations(self.model.n_layer),
+            *self.gathered(blocks=1),
+            *self._outputs(),
+            _term(
+                "last block's output",
+                self.stream * self.nd if self.recipe.gradient_checkpointing else 0,
+                f"{self.stream} bytes x {self.nd:,}, the last LayerNorm's input",
+            ),
+            *fuller,
+        )
+
+    def _head_copy(self) -> list[MemoryTerm]:
+        return [
+            _term(
+                "16-bit copy of the head",
+                2 * self.head if self.autocast else 0,
+                f"{self.head:,} x 2 bytes",
+            )
+        ]
+
+    def _head_gradient(self) -> list[MemoryTerm]:
+        return [
+            _term(
+                "head gradient",
+                self.head * self.weight if self.full else 0,
+                f"{self.head:,} x {self.weight} bytes, held until the embedding's is added",
+            )
+        ]
+
+    def _chunk(self) -> list[MemoryTerm]:
+        """A chunk's logits at log-sum-exp, or their error and the product with it."""
+        product = 2 * self.head if self.compute == 2 and self.full else 0
+        error = (4 + 2 if self.compute == 2 else 4) * self.chunk_logits
+        logits = max(8 * self.chunk_logits, error + product)
+        return [
+            _term(
+                "logits of a chunk",
+                logits,
+                f"{self.chunk_logits:,} logits, 4 bytes each, and as much for their softmax or "
+                "their product with the hidden states",
+            ),
+            _term(
+                "fp32 head gradient",
+                4 * self.head if self.full else 0,
+                f"{self.head:,} x 4 bytes, a sum over the chunks",
+            ),
+            *self._head_copy(),
+        ]
+
+    def _stock_logits(self) -> list[MemoryTerm]:
+        """transformers' loss: logits, fp32 logits, log-softmax, its gradient."""
+        logits = self.tokens * self.model.vocab_size
+        return [
+            _term(
+                "logits", 12 * logits, f"{logits:,} x 3 x 4 bytes: log-softmax and two gradients"
+            ),
+            *self._head_copy(),
+        ]
+
+    def _blocks(self) -> MemoryPhase:
+        """Backward through the block at which most is held: the last one or the first."""
+        layers = self.model.n_layer
+        candidates = [
+            [
+                *self._block_gradients(layers - blocks),
+                *self.activations(blocks),
+                *self._recomputed(),
+                *self.gathered(blocks=2),
+            ]
+            for blocks in {layers, 1}
+        ]
+        fuller = max(candidates, key=lambda terms: sum(term.bytes for term in terms))
+        return self._phase(
+            "block backward",
+            *fuller,
+            *self._head_gradient(),
+            *self._outputs(),
+            self._backward_transient(),
+        )
+
+    def _block_gradients(self, blocks_done: int) -> list[MemoryTerm]:
+        if self.accumulates:
+            return self.held_gradients()
+        share = blocks_done / self.model.n_layer
+        per_block = (
+            self.block_matrices + 13 * self.model.n_embd
+            if self.full
+            else self.num_trained / self.model.n_layer
+        )
+        whole = self.gradient_bytes / max(1, self.num_trained) * per_block * self.model.n_layer
+        return [_term("gradients", share * whole, f"of the {blocks_done} blocks that are done")]
+
+    def _recomputed(self) -> list[MemoryTerm]:
+        if not self.recipe.gradient_checkpointing:
+            return []
+        return [
+            _term(
+                "recomputed block",
+                self.block_bytes + self.weight_copies,
+                f"{self.saved_per_token:g} bytes x {self.nd:,}, statistics, 16-bit weights",
+            )
+        ]
+
+    def _backward_transient(self) -> MemoryTerm:
+        e, drop = self.compute, self._mask if self.recipe.dropout > 0 else 0
+        if not self.full:
+            per_token, matrices = self._adapter_transient, 0.0
+        elif self.recipe.fused_gelu:
+            # At the block's last product: the gradient that came, its copy (autocast's, or
+            # dropout's), and that of GELU's output; the block's own output is gone.
+            copy = e if self.autocast or self.recipe.dropout > 0 else 0
+            per_token, matrices = copy + 4 * e - drop, 4.0 * e
+        else:
+            # Read off traces: within gelu_new.
+            per_token = {4: 32, 2: 48 if self.autocast else 16}[e] - drop
+            if self.autocast and self.recipe.gradient_checkpointing:
+                per_token -= 8
+            matrices = 4.0 * e
+        needed = per_token * self.nd + matrices * self.model.n_embd**2
+        if self.recipe.gradient_checkpointing and self.full:
+            # At the end of the recomputation: the gradient, the product, dropout's result, the sum.
+            again = self.stream + e + self.stream + (e if drop else 0)
+            needed = max(needed, again * self.nd)
+        return _term(
+            "backward of a block",
+            needed,
+            f"{per_token:g} bytes x {self.nd:,} + {matrices:g} bytes x {self.model.n_embd**2:,}",
+        )
+
+    @property
+    def _adapter_transient(self) -> float:
+        # Read off traces: the gradient of GELU's output by two ways, and their sum.
+        return 8.0 * self.compute
+
+    def _embedding(self) -> MemoryPhase:
+        sums = "the head's, and the embedding's to be added to it"
+        return self._phase(
+            "embedding backward",
+            self.all_gradients("all that the step makes"),
+            *self.gathered(blocks=0),
+            *self._outputs(),
+            _term(
+                "embedding gradient",
+                (2 if self.accumulates else 1) * self.head * self.weight,
+                f"{self.head:,} x {self.weight} bytes, {sums}",
+            ),
+            _term("gradient of the input", self.stream * self.nd, f"{self.nd:,} x {self.stream}"),
+        )
+
+    def _optimizer(self) -> MemoryPhase:
+        spec = OPTIMIZERS[self.recipe.optimizer]
+        largest, following = (math.prod(shape) for shape, _ in self.trained_shapes[:2])
+        if self._plain_pure:
+            temporaries = spec.bf16_step_bytes_per_parameter * largest
+        else:
+            # One tensor's are let go when the next one's are there.
+            temporaries = spec.step_bytes_per_parameter * (largest + following)
+        if self.strategy.backend == "deepspeed" and self.strategy.zero_stage >= 2:
+            # stage_1_and_2.py, step: the share's gradients in fp32.
+            temporaries += 4 * self.num_trained / self.world_size
+        return self._phase(
+            "optimizer step",
+            self.all_gradients("of the step"),
+            *self._outputs(),
+            _term(
+                "optimizer temporaries",
+                0 if self.strategy.offloads_optimizer else temporaries,
+                f"{self.recipe.optimizer} over the largest of {self.num_trained:,} parameters",
+            ),
+        )
+
+    def _evaluation(self) -> MemoryPhase:
+        width = self.stream
+        # Read off traces: the products' cache, and what a block has in hand.
+        per_token = {4: 56, 2: 32 if self.autocast else 28}[self.compute]
+        cache = (
+            (2 * self.block_matrices + 2 * 9 * self.model.n_embd) * self.model.n_layer
+            if self.autocast and self.full
+            else 0
+        )
+        head = 4 * self.head if width == 2 else 0
+        scoring = head + 8 * self.chunk_logits + width * self.nd
+        in_blocks = per_token * self.nd
+        return self._phase(
+            "evaluation",
+            *self.gathered(blocks=2),
+            _term("autocast's cache", cache, "16-bit copies that live until the forward pass ends"),
+            _term(
+                "scoring",
+                max(scoring, in_blocks),
+                "a chunk's logits twice in fp32 and an fp32 head, or what a block has in hand",
+            ),
+        )
+
+    def _saving(self) -> MemoryPhase:
+        copy = 0 if self.on_gpu else self.num_trained * self._trained_width
+        return self._phase(
+            "checkpoint saving",
+            _term("copies of the weights", copy, "safetensors writes a file from its own copies"),
+        )
+
+
+def _term(name: str, num_bytes: float, why: str) -> MemoryTerm:
+    return MemoryTerm(name=name, bytes=round(num_bytes), why=why)

@@ -1,0 +1,119 @@
+"""What a memory plan says: bytes by phase and by term."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from accel_gpt2.units import format_bytes
+
+Verdict = Literal["fits", "tight", "does not fit"]
+Source = Literal["closed form", "trace"]
+
+# What lowers a term. Where a term has two remedies, the one that changes the training less.
+_ADVICE = {
+    "parameters": "give --finetuning qlora, or a smaller model",
+    "gradients": "give --finetuning lora",
+    "optimizer state": "give --optimizer adamw_8bit or adafactor",
+    "optimizer temporaries": "give --finetuning lora",
+    "saved activations": "give --gradient-checkpointing",
+    "block inputs": "halve micro_batch_tokens with --set",
+    "recomputed block": "halve micro_batch_tokens with --set",
+    "backward of a block": "halve micro_batch_tokens with --set",
+    "16-bit copies of weights": "give --mixed-precision pure_bf16",
+    "logits of a chunk": "halve loss_chunk_tokens with --set",
+    "logits": "train with the chunked loss",
+    "outputs kept": "train with the chunked loss",
+    "DDP buckets": "train one class per GPU, which exchanges nothing",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryTerm:
+    """Some bytes, and the sentence that says where they come from."""
+
+    name: str
+    bytes: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPhase:
+    """All that is allocated at the fullest moment of one phase."""
+
+    name: str
+    terms: tuple[MemoryTerm, ...]
+
+    @property
+    def bytes(self) -> int:
+        """The sum of the terms."""
+        return sum(term.bytes for term in self.terms)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByteRange:
+    """What is expected, and what it may come to instead."""
+
+    low: int
+    expected: int
+    high: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """What one process of a training needs on its device, and the machine in RAM and on disk.
+
+    `reserved` is what the allocator takes from the driver, `device` what the driver's own tools
+    show, contexts and libraries included. `usable_bytes` is what the device has for them, None
+    where that is not known. `host` and `disk` are of all processes and classes together.
+    """
+
+    phases: tuple[MemoryPhase, ...]
+    reserved: ByteRange
+    device: ByteRange
+    usable_bytes: int | None
+    host: tuple[MemoryTerm, ...]
+    disk: tuple[MemoryTerm, ...]
+    source: Source
+
+    @property
+    def peak(self) -> MemoryPhase:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: phase.bytes)
+
+    @property
+    def terms(self) -> tuple[MemoryTerm, ...]:
+        """Of the peak."""
+        return self.peak.terms
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What `torch.cuda.max_memory_allocated` will say."""
+        return self.peak.bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """RAM of the machine."""
+        return sum(term.bytes for term in self.host)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Disk of the run directory at its fullest."""
+        return sum(term.bytes for term in self.disk)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether `device` stays within what is usable: all of its range, its middle, or not."""
+        if self.usable_bytes is None or self.device.high <= self.usable_bytes:
+            return "fits"
+        return "tight" if self.device.expected <= self.usable_bytes else "does not fit"
+
+    @property
+    def advice(self) -> str:
+        """One sentence: what to change to lower the peak."""
+        reducible = [term for term in self.terms if term.name in _ADVICE]
+        if not reducible:
+            return f"The peak is at {self.peak.name}; take a smaller model or a larger machine."
+        largest = max(reducible, key=lambda term: term.bytes)
+        return (
+            f"The peak is at {self.peak.name}, and {format_bytes(largest.bytes)} of it are "
+            f"{largest.name}: {_ADVICE[largest.name]}."
+        )
