@@ -2,21 +2,38 @@
 
 from dataclasses import dataclass
 
+from accel_gpt2.catalog.gpus import GpuSpec
+
 
 def train_flops_per_token(
-    *, n_layer: int, n_embd: int, vocab_size: int, context_tokens: float
+    *,
+    n_layer: int,
+    n_embd: int,
+    vocab_size: int,
+    context_tokens: float,
+    frozen_base: bool = False,
 ) -> float:
-    """Floating-point operations of forward and backward for one token of full fine-tuning.
+    """Floating-point operations of forward and backward for one token.
 
     6(12 L d^2 + V d) + 12 L d T (Narayanan et al. 2021, section 3), without recomputation, so that
-    MFU does not rise by checkpointing. `context_tokens` is T: the length of the sequence.
+    MFU does not rise by checkpointing. `context_tokens` is T: the length of the sequence. Weights
+    of a `frozen_base` have no gradients: 4 operations for each in place of 6.
 
     >>> gpt2 = dict(n_layer=12, n_embd=768, vocab_size=50257)
     >>> round(train_flops_per_token(**gpt2, context_tokens=1024) / 1e6)
     854
     """
     matrices = 12 * n_layer * n_embd**2 + vocab_size * n_embd
-    return 6.0 * matrices + 12.0 * n_layer * n_embd * context_tokens
+    return (4.0 if frozen_base else 6.0) * matrices + 12.0 * n_layer * n_embd * context_tokens
+
+
+def peak_flops_per_second(gpu: GpuSpec | None, mixed_precision: str) -> float | None:
+    """The sheet's peak for a recipe's precision; None where it is not known."""
+    if gpu is None:
+        return None
+    return gpu.peak_flops.get(
+        {"no": "fp32", "pure_bf16": "bf16"}.get(mixed_precision) or mixed_precision
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
