@@ -54,9 +54,22 @@ def chunked_log_likelihoods(
         for start in range(0, len(hidden), chunk_tokens):
             stop = min(start + chunk_tokens, len(hidden))
             logits = F.linear(hidden[start:stop].float(), head, head_bias)
-            at_target = logits.gather(1, targets[start:stop, None]).squeeze(1)
-            result[start:stop] = at_target - logits.logsumexp(dim=1)
+            log_likelihoods, _ = _exponentiate_(logits, targets[start:stop, None])
+            result[start:stop] = log_likelihoods.squeeze(1)
+            del logits  # before the next chunk's come
     return result
+
+
+def _exponentiate_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(target) of every row and the row's sum of exponentials, [num_tokens, 1] both.
+
+    In place: the exponentials, scaled so that a row's largest is 1, take the place of the logits.
+    `logsumexp` would hold a second tensor of that size.
+    """
+    at_target = logits.gather(1, targets)
+    largest = logits.amax(dim=1, keepdim=True)
+    sums = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
+    return at_target - largest - sums.log(), sums
 
 
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:
@@ -97,14 +110,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 rows = hidden[start:stop].to(dtype)
                 wanted = targets[start:stop, None]
                 logits = F.linear(rows, head, head_bias).float()
-                normalizer = logits.logsumexp(dim=1, keepdim=True)
-                losses = normalizer - logits.gather(1, wanted)
+                log_likelihoods, sums = _exponentiate_(logits, wanted)
+                losses = -log_likelihoods
                 counts = None if row_weights is None else row_weights[start:stop, None].float()
                 total += (losses if counts is None else counts * losses).sum()
                 if not anything_wanted:
                     continue
                 # d loss / d logits = softmax - one-hot, in the place of the logits.
-                error = logits.sub_(normalizer).exp_()
+                error = logits.div_(sums)
                 error.scatter_add_(1, wanted, error.new_full((1, 1), -1.0).expand_as(wanted))
                 if counts is not None:
                     error *= counts
