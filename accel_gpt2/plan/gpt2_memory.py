@@ -545,16 +545,15 @@ class Gpt2Step:
         ]
 
     def _chunk(self) -> list[MemoryTerm]:
-        """A chunk's logits at log-sum-exp, or their error and the product with it."""
+        """A chunk's logits, their error beside them where it is narrower, and its product."""
+        width = 4 + (2 if self.compute == 2 else 0)
         product = 2 * self.head if self.compute == 2 and self.full else 0
-        error = (4 + 2 if self.compute == 2 else 4) * self.chunk_logits
-        logits = max(8 * self.chunk_logits, error + product)
         return [
             _term(
                 "logits of a chunk",
-                logits,
-                f"{self.chunk_logits:,} logits, 4 bytes each, and as much for their softmax or "
-                "their product with the hidden states",
+                width * self.chunk_logits + product,
+                f"{self.chunk_logits:,} logits x {width} bytes, and {product:,} for the product of "
+                "their error with the hidden states",
             ),
             _term(
                 "fp32 head gradient",
@@ -696,7 +695,7 @@ class Gpt2Step:
             else 0
         )
         head = 4 * self.head if width == 2 else 0
-        scoring = head + 8 * self.chunk_logits + width * self.nd
+        scoring = head + 4 * self.chunk_logits + width * self.nd
         in_blocks = per_token * self.nd
         return self._phase(
             "evaluation",
@@ -705,7 +704,7 @@ class Gpt2Step:
             _term(
                 "scoring",
                 max(scoring, in_blocks),
-                "a chunk's logits twice in fp32 and an fp32 head, or what a block has in hand",
+                "a chunk's fp32 logits and an fp32 head, or what a block has in hand",
             ),
         )
 
