@@ -20,6 +20,9 @@ from accel_gpt2.recipe import TrainRecipe
 
 Quantity = Literal["allocated_bytes", "reserved_bytes", "tokens_per_second"]
 
+# In the folder that data.cache.cache_directory names.
+CALIBRATION_FILE = "calibration.jsonl"
+
 # To be raised whenever the arithmetic of memory or time changes: older residuals are of another
 # formula and are left out.
 FORMULA_VERSION = 1

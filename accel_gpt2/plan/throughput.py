@@ -374,7 +374,7 @@ def _step_terms(
     num_parameters = model.num_parameters * passes
     trained = adapter / 2 if adapters else float(num_parameters)
     count = steps.micro_batches
-    weight_bytes = num_parameters * (_READ_BYTES[precision] + again * 2) * count
+    weight_bytes: float = num_parameters * (_READ_BYTES[precision] + again * 2) * count
     weight_bytes += trained * (
         _GRADIENT_BYTES[precision] * count + _ADDED_BYTES[precision] * (count - 1)
     )

@@ -18,7 +18,9 @@ from accel_gpt2.catalog.optimizers import OPTIMIZERS
 from accel_gpt2.data.batching import Indices, split_micro_batches
 from accel_gpt2.data.tokenized import TokenizedDocuments
 from accel_gpt2.errors import UserError
+from accel_gpt2.plan.flops import peak_flops_per_second
 from accel_gpt2.recipe import TrainRecipe
+from accel_gpt2.train.calibration import TrainedHere, record_training
 from accel_gpt2.train.checkpoint import (
     Identity,
     TrainState,
@@ -48,7 +50,7 @@ from accel_gpt2.train.progress import TrainProgress, describe_step
 from accel_gpt2.train.schedule import BatchSchedule
 from accel_gpt2.train.scoring import score_documents
 from accel_gpt2.train.stopping import StopRequest
-from accel_gpt2.train.throughput import flops_per_token, peak_flops_per_second, peak_memory_bytes
+from accel_gpt2.train.throughput import StepTimer, flops_per_token, peak_memory_bytes
 
 # What a row of log.jsonl goes through: the file, the trackers.
 LogRow = Callable[[dict[str, object]], None]
@@ -181,6 +183,7 @@ def train_class(
     running_loss = torch.zeros((), dtype=torch.float64, device=device)
     running_targets = 0
     step_seconds = save_seconds = 0.0  # the longest so far
+    timer = StepTimer()
     started = time.monotonic()
     seconds_before = state.seconds
     line_started, line_tokens = started, 0
@@ -410,11 +413,16 @@ def train_class(
                 cost_usd=None if price is None else price * run_hours,
             )
             progress.update(name, state.step, schedule.total_steps, facts)
-        step_seconds = max(step_seconds, time.monotonic() - step_started)
+        this_step_seconds = time.monotonic() - step_started
+        timer.add(this_step_seconds, batch_tokens)
+        step_seconds = max(step_seconds, this_step_seconds)
         every = recipe.checkpoint_every_steps
         if every is not None and state.step % every == 0 and not evaluation_due():
             save()
         stop.reserve(step_seconds + save_seconds)
+    if accelerator.is_main_process:
+        here = TrainedHere(gpu=gpu, device=device, num_processes=world_size)
+        record_training(plain_model, recipe, lengths, timer, here)
     return state
 
 

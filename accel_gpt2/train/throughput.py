@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from accel_gpt2.catalog.gpus import GpuSpec
 from accel_gpt2.plan.flops import train_flops_per_token
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.causal import LanguageModel
@@ -25,24 +24,46 @@ def flops_per_token(
     if config.model_type != "gpt2" or None in sizes:
         return None
     n_layer, n_embd, vocab_size = (int(size) for size in sizes if size is not None)
-
-    def full(context_tokens: float) -> float:
-        return train_flops_per_token(
-            n_layer=n_layer, n_embd=n_embd, vocab_size=vocab_size, context_tokens=context_tokens
-        )
-
     # The mean over tokens: a long document has more tokens, and each of them the long context.
     tokens = np.asarray(lengths, dtype=np.float64) - 1
-    flops = full(float((tokens**2).sum() / tokens.sum()))
-    # A frozen base has no weight gradients: 4 operations per weight in place of 6.
-    return flops - full(0) / 3 if recipe.finetuning != "full" else flops
+    return train_flops_per_token(
+        n_layer=n_layer,
+        n_embd=n_embd,
+        vocab_size=vocab_size,
+        context_tokens=float((tokens**2).sum() / tokens.sum()),
+        frozen_base=recipe.finetuning != "full",
+    )
 
 
-def peak_flops_per_second(gpu: GpuSpec | None, mixed_precision: str) -> float | None:
-    if gpu is None:
-        return None
-    computed_in = {"no": "fp32", "pure_bf16": "bf16"}.get(mixed_precision, mixed_precision)
-    return gpu.peak_flops.get(computed_in)
+class StepTimer:
+    """Seconds and tokens of training steps alone, without what comes between them.
+
+    The first steps are slower (memory is taken, kernels are chosen) and do not count.
+    """
+
+    _WARM_UP_STEPS = 3
+
+    def __init__(self) -> None:
+        self._added = 0
+        self._seconds = 0.0
+        self._tokens = 0
+
+    def add(self, seconds: float, tokens: int) -> None:
+        """One step: a whole optimizer step of all processes."""
+        self._added += 1
+        if self._added > self._WARM_UP_STEPS:
+            self._seconds += seconds
+            self._tokens += tokens
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that count."""
+        return max(0, self._added - self._WARM_UP_STEPS)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Predicted tokens over seconds of the steps that count."""
+        return self._tokens / max(1e-9, self._seconds)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
