@@ -154,6 +154,7 @@ def test_no_batch_key_is_an_error() -> None:
         ({"model": "gpt2-tiny", "init": "pretrained"}, "gpt2-tiny has no pretrained weights"),
         ({"tokenizer": "train"}, "pretrained weights know only their own tokens"),
         ({"finetuning": "lora", "init": "scratch"}, "an adapter on random weights"),
+        ({"finetuning": "qlora", "init": "scratch"}, "'qlora' .* an adapter on random weights"),
         (
             {"budget_usd": 5.0},
             r"budget_usd = 5 with no price_usd_per_hour: .* give --set price_usd_per_hour=",
@@ -317,7 +318,7 @@ words = st.text(min_size=1, max_size=20).filter(lambda text: "\x00" not in text)
 recipes = st.builds(
     dict,
     model=st.sampled_from(["gpt2", "gpt2-xl", "some/model"]),
-    dataset=words,
+    dataset=words.filter(str.strip),
     class_names=st.lists(words, max_size=3).map(tuple),
     init=st.sampled_from(["pretrained", "scratch"]),
     epochs=st.floats(min_value=1e-300, max_value=1e5),
@@ -354,6 +355,7 @@ def test_a_written_recipe_is_read_back_equal(recipe_file: Path, values: dict[str
     [
         ({}, 5e-5, "default"),
         ({"finetuning": "lora"}, 2e-4, "finetuning lora"),
+        ({"finetuning": "qlora"}, 2e-4, "finetuning qlora"),
         ({"init": "scratch"}, 6e-4, "init scratch"),
         ({"model": "gpt2-tiny"}, 2e-3, "model gpt2-tiny"),
         ({"model": "roberta-tiny", "objective": "masked_lm"}, 5e-4, "model roberta-tiny"),
@@ -378,6 +380,7 @@ def test_the_learning_rate_follows_what_is_trained(
         ({"model": "roberta-tiny", "objective": "hybrid"}, "sees a token's right side too"),
         ({"model": "gpt2", "objective": "masked_lm"}, "has no mask token"),
         ({"objective": "hybrid", "finetuning": "lora"}, "trained whole, side by side"),
+        ({"objective": "hybrid", "finetuning": "qlora"}, "trained whole, side by side"),
         ({"objective": "classify"}, "objective = 'classify'"),
         ({"objective": "masked_lm", "mask_fraction": 1.0}, "mask_fraction = 1.0"),
     ],
