@@ -157,12 +157,18 @@ def unknown_gpu(device: torch.device) -> GpuSpec:
 def _driver(device: torch.device) -> str:
     """What a speed depends on beside the device itself: an upgrade makes older records void."""
     if device.type != "cuda":
-        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        name = _first_in("/proc/cpuinfo", r"model name\s*: (.+)") or platform.processor()
+        return f"{name}, {torch.get_num_threads()} threads"
+    # On Windows the driver's version is not in a file.
+    version = _first_in("/proc/driver/nvidia/version", r"\b(\d{3,}\.[\d.]+)\b")
+    return version or f"CUDA {torch.version.cuda}"
+
+
+def _first_in(path: str, pattern: str) -> str | None:
     with contextlib.suppress(OSError):
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-        if found := re.search(r"\b\d{3,}\.[\d.]+\b", text):
-            return found[0]
-    return f"CUDA {torch.version.cuda}"  # on Windows the driver's version is not in a file
+        if found := re.search(pattern, Path(path).read_text(encoding="utf-8", errors="replace")):
+            return found[1].strip()
+    return None
 
 
 def append_record(record: CalibrationRecord) -> Path:
