@@ -52,6 +52,7 @@ def training_step(
         enter_phase("backward")
         scaled = loss * (1 / num_targets)
         (scaled if scaler is None else scaler.scale(scaled)).backward()
+        del loss, scaled  # and their graph
     enter_phase("optimizer")
     if scaler is not None:
         scaler.unscale_(optimizer)

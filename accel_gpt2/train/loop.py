@@ -351,6 +351,7 @@ def train_class(
                 # DDP averages over ranks, so the sum over ranks is world_size times that.
                 accelerator.backward(loss * (world_size / batch_targets))
             micro_batch_losses.append(MicroBatchLoss(documents=own, loss=loss.detach()))
+            del loss  # and its graph, which keeps the embeddings of a checkpointed adapter
         grad_norm = float(  # waits for the device
             accelerator.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf)
         )
