@@ -58,6 +58,8 @@ _ROWS = (
     _row("rtx4070ti", "rtx4070ti", host_gib=32),
     _row("rtx4070ti-12gb", "rtx4070ti-12gb", host_gib=32),
     _row("2x-rtx4070ti", "rtx4070ti", num_gpus=2, interconnect="pcie", host_gib=64),
+    _row("rtx3090", "rtx3090", host_gib=32),
+    _row("rtx4090", "rtx4090", host_gib=32),
     _row("4x-rtx3090", "rtx3090", num_gpus=4, interconnect="pcie", host_gib=128),
     _row("4x-rtx4090", "rtx4090", num_gpus=4, interconnect="pcie", host_gib=128),
     _row("a100-40", "a100-40", host_gib=80),

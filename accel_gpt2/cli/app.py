@@ -5,13 +5,15 @@ from typing import Annotated
 import typer
 
 import accel_gpt2
+from accel_gpt2.cli.bench import bench
 from accel_gpt2.cli.compare import compare
 from accel_gpt2.cli.demo import demo
 from accel_gpt2.cli.doctor import doctor
 from accel_gpt2.cli.errors import plain_app, run
 from accel_gpt2.cli.evaluate import evaluate
-from accel_gpt2.cli.options import DebugOption, train_command
+from accel_gpt2.cli.options import DebugOption, train_command, with_train_options
 from accel_gpt2.cli.output import print_line
+from accel_gpt2.cli.plan import plan
 from accel_gpt2.cli.predict import predict
 from accel_gpt2.cli.profiles import profiles
 from accel_gpt2.cli.report import report
@@ -39,6 +41,8 @@ def _global_options(
 
 app.command()(demo)
 app.command()(profiles)
+app.command()(with_train_options(plan, without={"dry_run", "quiet"}))
+app.command()(with_train_options(bench, without={"output_dir", "resume", "dry_run"}))
 app.command()(train_command(start_training))
 app.command()(evaluate)
 app.command()(predict)

@@ -108,13 +108,13 @@ def train_command(act: Callable[[TrainOptions], None]) -> Callable[..., None]:
         optimizer: Annotated[Optimizer | None, typer.Option(help="The optimizer.")] = None,
         mixed_precision: Annotated[
             MixedPrecision | None,
-            typer.Option(help="What the GPU computes in. [default: by profile]"),
+            typer.Option(help="What the GPU computes in. [default: by plan]"),
         ] = None,
         gradient_checkpointing: Annotated[
             bool | None,
             typer.Option(
                 "--gradient-checkpointing/--no-gradient-checkpointing",
-                help="Less memory for a third more time. [default: by profile]",
+                help="Less memory for a third more time. [default: by plan]",
             ),
         ] = None,
         seed: Annotated[int | None, typer.Option(help="Of every random choice.")] = None,

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import typer
 
-from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.catalog.profiles import HardwareProfile
 from accel_gpt2.classify.lock import claim
 from accel_gpt2.cli.errors import plain_app, report, run
@@ -18,6 +17,7 @@ from accel_gpt2.cli.hardware import (
     choose_profile,
     describe_profile,
     detect_hardware,
+    profile_here,
 )
 from accel_gpt2.cli.launcher import (
     ACCELERATE_FILE,
@@ -35,6 +35,12 @@ from accel_gpt2.cli.launcher import (
 )
 from accel_gpt2.cli.options import TrainOptions, train_command
 from accel_gpt2.cli.output import is_main_process, print_line, say, warn
+from accel_gpt2.cli.planning import (
+    does_not_fit,
+    kept_choices,
+    plan_here,
+    unknown_model_layer,
+)
 from accel_gpt2.cli.run_directory import (
     RECIPE_FILE,
     check_run_directory,
@@ -42,8 +48,9 @@ from accel_gpt2.cli.run_directory import (
     prepare_run_directory,
 )
 from accel_gpt2.durable import write_text
-from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
-from accel_gpt2.plan.batch import profile_recipe_defaults
+from accel_gpt2.errors import DoesNotFitError, ExitCode, StoppedEarly, UserError
+from accel_gpt2.plan.memory import covers
+from accel_gpt2.plan.search import RunPlan
 from accel_gpt2.recipe import (
     FIELDS,
     Layer,
@@ -52,16 +59,21 @@ from accel_gpt2.recipe import (
     read_layer,
     resolve,
 )
+from accel_gpt2.units import format_bytes, format_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainChoice:
-    """Everything that is decided before anything is loaded."""
+    """Everything that is decided before anything is loaded.
+
+    `plan` is None for a recipe that was resolved before, and for a model of unknown shape.
+    """
 
     resolved: ResolvedRecipe
     profile: HardwareProfile
     hardware: DetectedHardware
     run_directory: Path
+    plan: RunPlan | None
     warnings: tuple[str, ...]
 
 
@@ -70,11 +82,40 @@ def choose(
     *,
     detect: Callable[[], DetectedHardware] = detect_hardware,
 ) -> TrainChoice:
-    """Resolve the recipe here: defaults < model < profile < file < environment < options.
+    """Resolve the recipe here: defaults < model < plan < file < environment < options.
 
     Raises:
-        UserError: for a wrong recipe, an unknown profile, or a machine that has not got what the
-            profile promises.
+        UserError: for a wrong recipe, an unknown profile, a machine that has not got what the
+            profile promises, or what cannot fit in any way.
+    """
+    given = given_layers(options)
+    asked = resolve(given)  # all complaints about what was typed, before looking around
+    hardware = detect()
+    profile = choose_profile(asked.recipe.profile, hardware)
+    # By what was asked for: what a plan chooses may be another choice tomorrow.
+    run_directory = options.output_dir or default_run_directory(asked.recipe)
+    resolved, plan = asked, None
+    warnings: list[str] = []
+    if not _is_own_recipe(options.recipe_file, options.output_dir):
+        given = [*kept_choices(run_directory, profile, resume=options.resume), *given]
+        plan = plan_here(given, profile_here(profile, hardware), scope="trained")
+        resolved, warnings = _planned(plan, given, profile)
+    precision = resolved.recipe.mixed_precision
+    return TrainChoice(
+        resolved=resolved,
+        profile=profile,
+        hardware=hardware,
+        run_directory=run_directory,
+        plan=plan,
+        warnings=(*check_profile(asked.recipe.profile, profile, hardware, precision), *warnings),
+    )
+
+
+def given_layers(options: TrainOptions) -> list[Layer]:
+    """What the person gave: a file, the environment, options; each goes over the ones before.
+
+    Raises:
+        UsageError: for a file or an environment that cannot be read.
     """
     given: list[Layer] = []
     if options.recipe_file is not None:
@@ -83,25 +124,31 @@ def choose(
     if not _is_own_recipe(options.recipe_file, options.output_dir):
         environment = environment_layer()
         given += [environment] if environment.values else []
-    given += options.layers
+    return [*given, *options.layers]
 
-    asked = resolve(given).recipe  # all complaints about what was typed, before looking around
-    hardware = detect()
-    profile = choose_profile(asked.profile, hardware)
-    profile_layer = Layer(
-        origin=f"profile {profile.name}",
-        values=profile_recipe_defaults(profile, MODELS.get(asked.model)),
-    )
-    resolved = resolve([profile_layer, *given])
-    return TrainChoice(
-        resolved=resolved,
-        profile=profile,
-        hardware=hardware,
-        run_directory=options.output_dir or default_run_directory(resolved.recipe),
-        warnings=tuple(
-            check_profile(asked.profile, profile, hardware, resolved.recipe.mixed_precision)
-        ),
-    )
+
+def _planned(
+    plan: RunPlan | None, given: list[Layer], profile: HardwareProfile
+) -> tuple[ResolvedRecipe, list[str]]:
+    """The recipe that a plan leads to, and what is to be said about it.
+
+    A plan can be wrong by a little, so what hardly misses is tried, with a warning: training looks
+    for itself before its first step. What could not even hold its own lowest estimate is not.
+
+    Raises:
+        DoesNotFitError: with the nearest change that fits.
+    """
+    if plan is None:
+        return resolve([unknown_model_layer(profile), *given]), []
+    if plan.recommended is not None:
+        return plan.recommended.resolved, []
+    assert plan.smallest is not None, "one process per GPU is always planned"
+    smallest, model = plan.smallest, plan.model
+    sentence = does_not_fit(plan)
+    there = plan.profile.host_memory_bytes if profile.gpu is None else profile.gpu.memory_bytes
+    if covers(smallest.recipe, model) and smallest.device.low > there:
+        raise DoesNotFitError(sentence)
+    return smallest.resolved, [f"{sentence} Trying it all the same."]
 
 
 def _is_own_recipe(recipe_file: Path | None, output_dir: Path | None) -> bool:
@@ -259,12 +306,31 @@ def _announce(choice: TrainChoice, *, quiet: bool) -> None:
             f"{recipe.model} ({recipe.init}, {recipe.finetuning}) on {recipe.dataset} with "
             f"{_machine(choice)}, into {choice.run_directory}"
         )
+        if choice.plan is not None:
+            say(f"Plan: {_outlook(choice.plan)}")
 
 
 def _machine(choice: TrainChoice) -> str:
     if choice.profile.gpu is None:
         return f"the CPU ({choice.hardware.num_cores} cores)"
     return describe_profile(choice.profile)
+
+
+def _outlook(plan: RunPlan) -> str:
+    """Memory and time in one line, and what did not fit where the recipe is a lesser one."""
+    option = plan.recommended or plan.smallest
+    assert option is not None, "one process per GPU is always planned"
+    usable = option.memory.usable_bytes
+    there = "" if usable is None else f" of {format_bytes(usable)}"
+    parts = [option.label, f"{format_bytes(option.device.expected)}{there} ({option.verdict})"]
+    if option.seconds is not None:
+        low, high = format_seconds(option.seconds.low), format_seconds(option.seconds.high)
+        parts.append(f"{low} to {high}")
+    lesser = [
+        x.label for x in plan.failures if x.option is not None and option.level > x.option.level
+    ]
+    said = "; ".join(parts)
+    return f"{said}. Does not fit: {'; '.join(lesser)}." if lesser else f"{said}."
 
 
 _DOCUMENT_END = "...\n"  # PyYAML writes it after a plain scalar

@@ -41,6 +41,10 @@ from accel_gpt2.units import format_bytes, format_seconds
 # faithful: what changes least about full fine-tuning with fp32 weights. quality: fp32 arithmetic
 # before that. speed: the fastest. memory: the smallest.
 Preference = Literal["faithful", "speed", "memory", "quality"]
+_FAITHFUL: frozenset[Preference] = frozenset({"faithful", "quality"})
+
+# What is planned: what this version trains; also what it only predicts; and that recommended too.
+Scope = Literal["trained", "predicted", "recommend predicted"]
 
 Why = Literal[
     "refused", "does not fit", "not run yet", "less faithful", "tight", "slower", "larger"
@@ -104,12 +108,14 @@ class Option:
 class Rejected:
     """What is not recommended and the one reason, a clause.
 
-    `option` is None where a rule of recipes or of libraries stands against it.
+    `option` is None where a rule of recipes or of libraries stands against it. `trained` says
+    whether this version would run it.
     """
 
     label: str
     why: Why
     reason: str
+    trained: bool
     option: Option | None
 
 
@@ -125,10 +131,10 @@ class NearestChange:
 class RunPlan:
     """What would happen, and what else could: everything that `accel-gpt2 plan` shows.
 
-    `recommended` is None when nothing that this version trains fits; `nearest` then says what to
-    change, if anything helps. `smallest` needs least of what this version trains. `rejected` are
-    all candidates but the recommended one, best first. `data` is None where the data set has to be
-    read first.
+    `recommended` is None when nothing fits that this version trains; `nearest` then says what to
+    change, if anything helps. `smallest` needs least of all that could be recommended. `rejected`
+    are all candidates but the recommended one, best first. `data` is None where the data set has to
+    be read first.
     """
 
     asked: ResolvedRecipe
@@ -143,20 +149,43 @@ class RunPlan:
 
     @property
     def alternatives(self) -> tuple[Rejected, ...]:
-        """The best of each group that fits as well; what this version runs comes first."""
-        mine = None if self.recommended is None else self.recommended.group
-        fitting = [
+        """The best of each other group that this version trains and that fits as well."""
+        return self._best_of_groups(trained=True)
+
+    @property
+    def predicted(self) -> tuple[Rejected, ...]:
+        """The best of each group that this version does not train, and that would be better."""
+        best = self.recommended
+        return tuple(
             x
-            for x in _first_of_each_group(self.rejected)
-            if x.option is not None and x.option.group != mine and x.why != "does not fit"
-        ]
-        return tuple(sorted(fitting, key=lambda x: x.why == "not run yet"))
+            for x in self._best_of_groups(trained=False)
+            if x.option is not None
+            and (best is None or _rank(x.option, self.prefer) < _rank(best, self.prefer))
+        )
 
     @property
     def failures(self) -> tuple[Rejected, ...]:
-        """Of each group in which nothing fits, what needs least; and what is refused."""
+        """Of each group that this version trains, where nothing fits what needs least; and what
+        the rules of recipes refuse."""
+        failed = [x for x in self.rejected if x.trained and x.why in {"does not fit", "refused"}]
+        fitting = {x.option.group for x in self.alternatives if x.option is not None}
+        if self.recommended is not None:
+            fitting.add(self.recommended.group)
         return tuple(
-            x for x in _first_of_each_group(self.rejected) if x.why in {"does not fit", "refused"}
+            x
+            for x in _first_of_each_group(failed)
+            if x.option is None or x.option.group not in fitting
+        )
+
+    def _best_of_groups(self, *, trained: bool) -> tuple[Rejected, ...]:
+        mine = None if self.recommended is None else self.recommended.group
+        return tuple(
+            x
+            for x in _first_of_each_group(self.rejected)
+            if x.option is not None
+            and x.trained is trained
+            and x.option.group != mine
+            and x.why != "does not fit"
         )
 
 
@@ -206,7 +235,9 @@ class _Situation:
     data_is_known: bool
     prefer: Preference
     placements: frozenset[Placement]
-    only_trained: bool
+    scope: Scope
+    exhaustive: bool
+    only_rounding: bool
     calibration: Calibration | None
     memory_of: MemoryOf
     time_of: TimeOf
@@ -220,7 +251,9 @@ def plan_run(
     data: DataStatistics | None = None,
     prefer: Preference = "faithful",
     placements: Iterable[Placement] = tuple(PLACEMENTS),
-    only_trained: bool = False,
+    scope: Scope = "predicted",
+    exhaustive: bool = True,
+    only_rounding: bool = False,
     calibration: Calibration | None = None,
     memory_of: MemoryOf = plan_memory,
     time_of: TimeOf = plan_time,
@@ -237,7 +270,10 @@ def plan_run(
         model: the shape; None for that of the recipe's catalog row.
         data: None for the statistics of the catalog's row.
         placements: the ways to place the classes that are considered.
-        only_trained: whether to leave out what this version predicts and does not run.
+        scope: whether what this version does not train is planned too, and may be recommended.
+        exhaustive: False stops at the first level that fits, where faithfulness comes first.
+        only_rounding: whether to search only what changes rounding (how a step is cut), and leave
+            what else is free at the first of the faithful order.
 
     Raises:
         UsageError: when what was given is no recipe.
@@ -251,18 +287,20 @@ def plan_run(
         data_is_known=data is not None,
         prefer=prefer,
         placements=frozenset(placements),
-        only_trained=only_trained,
+        scope=scope,
+        exhaustive=exhaustive,
+        only_rounding=only_rounding,
         calibration=calibration,
         memory_of=memory_of,
         time_of=time_of,
     )
     options, refused = _candidates(layers, situation)
-    best = _best(options, prefer)
+    best = _best(options, situation)
     others = sorted(
         (x for x in options if x is not best),
         key=functools.partial(_order_of_rejected, prefer=prefer),
     )
-    trained = [x for x in options if x.trained]
+    possible = [x for x in options if x.trained or scope == "recommend predicted"]
     return RunPlan(
         asked=asked,
         profile=profile,
@@ -270,7 +308,7 @@ def plan_run(
         data=data,
         prefer=prefer,
         recommended=best,
-        smallest=min(trained, key=lambda x: x.device.expected, default=None),
+        smallest=min(possible, key=lambda x: x.device.expected, default=None),
         rejected=(*(_rejected(x, best, situation) for x in others), *refused),
         nearest=None if best is not None else _nearest_change(layers, situation),
     )
@@ -298,13 +336,15 @@ def _candidates(
     options: list[Option] = []
     refused: list[Rejected] = []
 
-    def refuse(label: str, reason: str) -> None:
-        refused.append(Rejected(label=label, why="refused", reason=reason, option=None))
+    def refuse(label: str, reason: str, *, trained: bool) -> None:
+        refused.append(
+            Rejected(label=label, why="refused", reason=reason, trained=trained, option=None)
+        )
 
-    fp32_first = situation.prefer == "quality"
-    for number, level in enumerate(levels(layers, profile, fp32_first=fp32_first)):
+    tried = levels(layers, profile, fp32_first=situation.prefer == "quality")
+    for number, level in enumerate(tried[:1] if situation.only_rounding else tried):
         if level.resolved is None:
-            refuse(level.label, level.problem)
+            refuse(level.label, level.problem, trained=True)
             continue
         longest_tokens = min(data.longest_tokens, level.resolved.recipe.max_length)
         cut = list(cuts(level.resolved, layers, profile, longest_tokens=longest_tokens))
@@ -313,11 +353,11 @@ def _candidates(
             level.resolved.recipe, profile, num_classes=data.num_classes
         ):
             runs = strategy.trained and PLACEMENTS[placement].trained
-            if placement not in situation.placements or (situation.only_trained and not runs):
+            if placement not in situation.placements or (situation.scope == "trained" and not runs):
                 continue
             reason = library_refusal(level.resolved.recipe, strategy)
             if reason is not None:
-                refuse(f"{level.label}, {strategy.name}", reason)
+                refuse(f"{level.label}, {strategy.name}", reason, trained=runs)
                 continue
             for resolved in cut:
                 key = strategy.name, resolved.recipe
@@ -327,6 +367,9 @@ def _candidates(
                 options.append(
                     _option(resolved, number, strategy, placement, memory, time, situation)
                 )
+        found = _best(options, situation)
+        if found is not None and situation.prefer in _FAITHFUL and not situation.exhaustive:
+            break
     return options, refused
 
 
@@ -394,9 +437,10 @@ def _lacks_host_memory(memory: MemoryPlan, profile: HardwareProfile) -> bool:
     return profile.gpu is not None and memory.host_bytes > profile.host_memory_bytes
 
 
-def _best(options: Sequence[Option], prefer: Preference) -> Option | None:
-    possible = [x for x in options if x.trained and x.verdict != "does not fit"]
-    return min(possible, key=functools.partial(_rank, prefer=prefer), default=None)
+def _best(options: Sequence[Option], situation: _Situation) -> Option | None:
+    anything = situation.scope == "recommend predicted"
+    possible = [x for x in options if (anything or x.trained) and x.verdict != "does not fit"]
+    return min(possible, key=functools.partial(_rank, prefer=situation.prefer), default=None)
 
 
 def _rank(option: Option, prefer: Preference) -> tuple[float, ...]:
@@ -425,20 +469,22 @@ def _order_of_rejected(option: Option, prefer: Preference) -> tuple[float, ...]:
 
 def _rejected(option: Option, best: Option | None, situation: _Situation) -> Rejected:
     why, reason = _why_not(option, best, situation)
-    return Rejected(label=option.label, why=why, reason=reason, option=option)
+    return Rejected(
+        label=option.label, why=why, reason=reason, trained=option.trained, option=option
+    )
 
 
 def _why_not(option: Option, best: Option | None, situation: _Situation) -> tuple[Why, str]:
     """The one reason why an option is not recommended: the first that holds."""
     if option.verdict == "does not fit":
         return "does not fit", shortage(option, situation.profile)
-    if not option.trained or best is None:
-        return "not run yet", "predicted; this version does not run it"
+    if best is None or (not option.trained and situation.scope == "predicted"):
+        return "not run yet", "this version does not run it"
     if situation.prefer == "memory" and option.device.expected > best.device.expected:
         more = format_bytes(option.device.expected)
         return "larger", f"needs {more}, and {format_bytes(best.device.expected)} is enough"
-    if situation.prefer in {"faithful", "quality"} and option.level > best.level:
-        return "less faithful", "changes more of the training than is needed to fit"
+    if situation.prefer in _FAITHFUL and option.level > best.level:
+        return "less faithful", "less faithful than what fits"
     if option.verdict == "tight":
         return "tight", f"may need up to {format_bytes(option.device.high)}"
     return "slower", _slower(option, best)
@@ -471,12 +517,14 @@ def _nearest_change(layers: Sequence[Layer], situation: _Situation) -> NearestCh
     """The first change that helps, of some that are sorted by how much they change."""
     asked = resolve(layers).recipe
     for changed, profile, keys in _changes(layers, asked, situation.profile):
-        there = dataclasses.replace(situation, profile=profile, only_trained=True)
+        there = dataclasses.replace(situation, profile=profile, exhaustive=False)
+        if situation.scope == "predicted":
+            there = dataclasses.replace(there, scope="trained")
         try:
             options, _ = _candidates(changed, there)
         except UsageError:  # what was given does not go together without what was left out
             continue
-        best = _best(options, situation.prefer)
+        best = _best(options, there)
         if best is not None:
             values = {key: getattr(best.recipe, key) for key in keys}
             words = [typed_option(k, v) for k, v in values.items() if v != getattr(asked, k)]
@@ -519,6 +567,29 @@ def _without(layers: Sequence[Layer], keys: Sequence[str]) -> list[Layer]:
         Layer(origin=x.origin, values={k: v for k, v in x.values.items() if k not in keys})
         for x in layers
     ]
+
+
+# Of what is drawn; smaller terms are drawn together.
+_SMALLEST_SHARE = 0.02
+
+
+def memory_parts(option: Option) -> list[tuple[str, int]]:
+    """What one device holds at the fullest moment, for a picture: names and bytes that sum up.
+
+    The terms of the peak, what the allocator reserves besides, and what libraries take outside of
+    it; of models side by side, all together.
+    """
+    memory = option.memory
+    terms = [(term.name, term.bytes) for term in memory.terms]
+    small = [size for _, size in terms if size < _SMALLEST_SHARE * memory.allocated_bytes]
+    parts = [(n, size) for n, size in terms if size >= _SMALLEST_SHARE * memory.allocated_bytes]
+    parts += [
+        ("smaller terms", sum(small)),
+        ("fragmentation", memory.reserved.expected - memory.allocated_bytes),
+        ("context and libraries", memory.device.expected - memory.reserved.expected),
+        ("the other models", option.device.expected - memory.device.expected),
+    ]
+    return [(name, size) for name, size in parts if size > 0]
 
 
 def typed_option(key: str, value: object) -> str:

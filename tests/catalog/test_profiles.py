@@ -11,6 +11,8 @@ def test_the_promised_profiles_exist() -> None:
         "rtx4070ti",
         "rtx4070ti-12gb",
         "2x-rtx4070ti",
+        "rtx3090",
+        "rtx4090",
         "4x-rtx3090",
         "4x-rtx4090",
         "a100-40",

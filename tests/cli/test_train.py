@@ -80,13 +80,13 @@ def test_the_defaults_are_gpt2_on_imdb_on_this_machine() -> None:
     assert (recipe.model, recipe.dataset, recipe.init) == ("gpt2", "imdb", "pretrained")
     assert choice.profile.name == "rtx4070ti"
     assert choice.run_directory == Path("runs/imdb-gpt2")
-    assert choice.resolved.origins["mixed_precision"] == "profile rtx4070ti"
+    assert choice.resolved.origins["mixed_precision"] == "plan for rtx4070ti"
     assert recipe.mixed_precision == "bf16"
     assert choice.warnings == ()
 
 
 def test_layers_come_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """defaults < model < profile < file < environment < options, each named as the origin."""
+    """defaults < model < plan < file < environment < options, each named as the origin."""
     file = tmp_path / "mine.yaml"
     file.write_text("micro_batch_tokens: 111\nepochs: 9.0\nseed: 1\n", "utf-8")
     monkeypatch.setenv("ACCEL_GPT2_SEED", "2")
@@ -98,7 +98,7 @@ def test_layers_come_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (recipe.micro_batch_tokens, origins["micro_batch_tokens"]) == (111, str(file))
     assert (recipe.seed, origins["seed"]) == (2, "the environment (ACCEL_GPT2_...)")
     assert (recipe.epochs, origins["epochs"]) == (7.0, "--epochs")
-    assert (recipe.mixed_precision, origins["mixed_precision"]) == ("bf16", "profile rtx4070ti")
+    assert (recipe.mixed_precision, origins["mixed_precision"]) == ("bf16", "plan for rtx4070ti")
     assert (recipe.init, origins["init"]) == ("scratch", "model gpt2-tiny")
     assert origins["lora_rank"] == "default"
 
@@ -108,7 +108,7 @@ def test_without_a_gpu_the_profile_gives_the_values_of_the_cpu() -> None:
     choice = choose(options(profile="rtx4070ti"), detect=on(machine()))
     assert choice.resolved.recipe.mixed_precision == "no"
     assert choice.resolved.recipe.profile == "rtx4070ti"
-    assert choice.resolved.origins["mixed_precision"] == "profile cpu"
+    assert choice.resolved.origins["mixed_precision"] == "plan for cpu"
     (warning,) = choice.warnings
     assert "no GPU was found: running on the CPU" in warning
 

@@ -1,0 +1,117 @@
+"""`plan`: does it fit, how long does it take, and which recipe is best, before anything runs."""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from accel_gpt2.cli.hardware import DetectedHardware, detect_hardware, planned_profile
+from accel_gpt2.cli.options import JsonOption, TrainOptions, typed_words
+from accel_gpt2.cli.output import print_json
+from accel_gpt2.cli.plan_output import explain, plan_document, show_plan, show_table
+from accel_gpt2.cli.planning import does_not_fit, kept_choices, plan_here
+from accel_gpt2.cli.run_directory import default_run_directory
+from accel_gpt2.cli.train import given_layers
+from accel_gpt2.durable import write_bytes
+from accel_gpt2.errors import DoesNotFitError, UsageError
+from accel_gpt2.plan.candidates import CHOICES
+from accel_gpt2.plan.search import Preference, RunPlan, typed_option
+from accel_gpt2.plan.table import requirements_table
+from accel_gpt2.recipe import resolve
+
+
+def plan(
+    options: TrainOptions,
+    prefer: Annotated[
+        Preference,
+        typer.Option(
+            help="faithful: the least change to full fine-tuning that fits. quality: fp32 "
+            "arithmetic before that. speed: the fastest. memory: the smallest."
+        ),
+    ] = "faithful",
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Every candidate that was considered.")
+    ] = False,
+    explain_: Annotated[
+        str | None,
+        typer.Option(
+            "--explain", metavar="TERM", help="How one term of the memory or the time is computed."
+        ),
+    ] = None,
+    table: Annotated[
+        bool,
+        typer.Option("--table", help="GPT-2 small to XL on seven machines, with both data sets."),
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw the memory of each recipe against the card."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Say whether a training fits, how long it takes and which recipe is best.
+
+    What is given is kept, and what is left open is searched, at the same global batch. Nothing is
+    loaded and nothing runs. Exit code 3 when nothing fits.
+    """
+    if table:
+        others = {"--explain": explain_, "--plot": plot, "--all": show_all}
+        unused = [name for name, value in others.items() if value]
+        if unused or options.layers:
+            names = ", ".join([*unused, *(layer.origin for layer in options.layers)])
+            raise UsageError(f"--table prints one table for everything; leave out {names}.")
+        rows = requirements_table()
+        show_table(rows, json=json)
+        return
+    made = make_plan(options, prefer=prefer)
+    if explain_ is not None:
+        explain(made, explain_)
+        return
+    if plot is not None:
+        from accel_gpt2.report.plan_plot import memory_bars
+
+        write_bytes(plot, memory_bars(made))
+    command = shlex.join(["accel-gpt2", "train", *_words(options, made)])
+    if json:
+        print_json(plan_document(made, command=command, everything=show_all))
+    else:
+        show_plan(made, command=command, everything=show_all)
+    if made.recommended is None:
+        raise DoesNotFitError(does_not_fit(made))
+
+
+def make_plan(
+    options: TrainOptions,
+    *,
+    prefer: Preference = "faithful",
+    detect: Callable[[], DetectedHardware] = detect_hardware,
+) -> RunPlan:
+    """What `train` would do with these options, on a machine that need not be this one.
+
+    Raises:
+        UsageError: for a wrong recipe, an unknown profile, or a model of unknown shape.
+    """
+    given = given_layers(options)
+    asked = resolve(given).recipe
+    profile = planned_profile(asked.profile, detect)
+    directory = options.output_dir or default_run_directory(asked)
+    kept = kept_choices(directory, profile, resume=options.resume)
+    made = plan_here([*kept, *given], profile, prefer=prefer)
+    if made is None:
+        raise UsageError(
+            f"The shape of {asked.model!r} is not known here: give a catalog name, or a folder "
+            "with the config.json of a GPT-2."
+        )
+    return made
+
+
+def _words(options: TrainOptions, made: RunPlan) -> list[str]:
+    """What to type after `train`: what was given, and what a preference chose in its place."""
+    words = typed_words(options)
+    if made.prefer == "faithful" or made.recommended is None:
+        return words
+    recipe, origins = made.recommended.recipe, made.asked.origins
+    free = [key for key in CHOICES if origins[key] == "default"]
+    chosen = " ".join(typed_option(key, getattr(recipe, key)) for key in free)
+    return [*words, *chosen.split()]

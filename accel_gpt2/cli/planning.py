@@ -1,0 +1,167 @@
+"""A plan for this machine: the shape of a model in a folder, what was measured here, what is kept.
+
+`plan` shows it and `train` follows it. Everything is arithmetic and small files: no torch.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from accel_gpt2.catalog.models import MODELS, ModelSpec
+from accel_gpt2.catalog.profiles import HardwareProfile
+from accel_gpt2.catalog.strategies import ShardingStrategy
+from accel_gpt2.cli.hardware import describe_profile
+from accel_gpt2.cli.run_directory import RECIPE_FILE
+from accel_gpt2.data.cache import cache_directory
+from accel_gpt2.plan.calibration import CALIBRATION_FILE, read_records
+from accel_gpt2.plan.candidates import RESULT_CHOICES
+from accel_gpt2.plan.memory import ByteRange, MemoryPlan, covers, plan_memory
+from accel_gpt2.plan.search import Preference, RunPlan, Scope, plan_run, shortage
+from accel_gpt2.recipe import Layer, TrainRecipe, read_layer, resolve
+
+# For what the closed form does not know (an encoder, another objective): as a language model of the
+# same shape, with as much again for what that leaves out.
+_UNCOVERED_MARGIN = 2
+
+# Models trained side by side by the hybrid objective, where the data set's classes are not known.
+_ASSUMED_CLASSES = 4
+
+# For a model of unknown shape: what fits GPT-2 XL's LoRA on a 16 GB card. Training halves the
+# micro batch by itself where even that is too much.
+_UNKNOWN_MODEL_TOKENS = 1024
+
+
+def model_spec(recipe: TrainRecipe) -> ModelSpec | None:
+    """The shape of a recipe's model: a GPT-2 in a folder, or a catalog row; None when unknown."""
+    from accel_gpt2.data.weights import local_model
+
+    directory = local_model(recipe.model)
+    spec = MODELS.get(recipe.model) if directory is None else _read_spec(directory, recipe.model)
+    if spec is not None and recipe.tokenizer == "train":
+        return dataclasses.replace(spec, vocab_size=recipe.tokenizer_vocab_size)
+    return spec
+
+
+def _read_spec(directory: Path, name: str) -> ModelSpec | None:
+    """The row that a folder's config.json would have; None for what is no GPT-2."""
+    keys = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        sizes = {key: config[key] for key in keys}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if config.get("model_type") != "gpt2" or not all(
+        type(size) is int and size > 0 for size in sizes.values()
+    ):
+        return None
+    return ModelSpec(name=name, hub_id=None, source=str(directory / "config.json"), **sizes)
+
+
+def kept_choices(
+    run_directory: Path, profile: HardwareProfile, *, resume: str
+) -> tuple[Layer, ...]:
+    """What a begun run was planned with and has to go on with, whatever a plan would say today.
+
+    Raises:
+        UsageError: when the run's recipe cannot be read.
+    """
+    path = run_directory / RECIPE_FILE
+    begun = os.path.isfile(path) and any(run_directory.glob("class-*"))
+    if resume == "never" or not begun:
+        return ()
+    recipe = resolve([read_layer(path)]).recipe
+    values = {key: getattr(recipe, key) for key in RESULT_CHOICES}
+    if profile.gpu is None:  # the precision of a GPU is none for a CPU; the training says so
+        values["mixed_precision"] = "no"
+    return (Layer(origin=str(path), values=values),)
+
+
+def plan_here(
+    layers: Sequence[Layer],
+    profile: HardwareProfile,
+    *,
+    prefer: Preference = "faithful",
+    scope: Scope = "predicted",
+) -> RunPlan | None:
+    """The plan of what was given; None for a model whose shape is not known.
+
+    What the closed form does not cover is planned as a language model of the same shape with a
+    margin, and searched for what changes rounding only: a guess may not change what is trained.
+
+    Raises:
+        UsageError: when what was given is no recipe.
+    """
+    recipe = resolve(layers).recipe
+    model = model_spec(recipe)
+    if model is None:
+        return None
+    measured = read_records(cache_directory() / CALIBRATION_FILE)
+    if covers(recipe, model):
+        return plan_run(
+            layers,
+            profile,
+            model=model,
+            prefer=prefer,
+            scope=scope,
+            exhaustive=scope != "trained",
+            calibration=measured,
+        )
+    return plan_run(
+        layers,
+        profile,
+        model=model,
+        prefer=prefer,
+        scope="trained",
+        only_rounding=True,
+        memory_of=cautious_memory,
+    )
+
+
+def cautious_memory(
+    recipe: TrainRecipe,
+    model: ModelSpec,
+    profile: HardwareProfile,
+    strategy: ShardingStrategy,
+    *,
+    longest_tokens: int,
+) -> MemoryPlan:
+    """`plan_memory` of a language model of the same shape, with a margin for what it is not."""
+    factor = _UNCOVERED_MARGIN
+    if recipe.objective == "hybrid":
+        factor *= len(recipe.class_names) or _ASSUMED_CLASSES
+    as_generative = dataclasses.replace(recipe, objective="generative")
+    as_gpt2 = dataclasses.replace(model, model_type="gpt2")
+    plan = plan_memory(as_generative, as_gpt2, profile, strategy, longest_tokens=longest_tokens)
+    low, expected, high = plan.device.low, plan.device.expected, plan.device.high
+    return dataclasses.replace(
+        plan, device=ByteRange(low=low, expected=factor * expected, high=factor * high)
+    )
+
+
+def unknown_model_layer(profile: HardwareProfile) -> Layer:
+    """Careful values for a model of unknown shape."""
+    return Layer(
+        origin=f"profile {profile.name}",
+        values={
+            **profile.recipe_defaults,
+            "micro_batch_tokens": _UNKNOWN_MODEL_TOKENS,
+            "gradient_checkpointing": profile.gpu is not None,
+        },
+    )
+
+
+def does_not_fit(plan: RunPlan) -> str:
+    """What nothing that was asked for fits into, and the nearest change with which something does.
+
+    Of a plan that recommends nothing.
+    """
+    assert plan.smallest is not None
+    sentence = (
+        f"{plan.model.name} does not fit on {describe_profile(plan.profile)} as asked: with "
+        f"{plan.smallest.label} it {shortage(plan.smallest, plan.profile)}."
+    )
+    if plan.nearest is None:
+        return f"{sentence} Give a smaller --model or a machine with more memory."
+    return f"{sentence} Give {plan.nearest.change}."

@@ -1,0 +1,290 @@
+"""The search: nothing that fits is beaten without a reason, and every reason is true."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from accel_gpt2.catalog.models import MODELS
+from accel_gpt2.catalog.profiles import PROFILES
+from accel_gpt2.catalog.strategies import STRATEGIES
+from accel_gpt2.errors import UsageError
+from accel_gpt2.plan.candidates import CHOICES, RESULT_CHOICES, library_refusal
+from accel_gpt2.plan.search import Option, Preference, RunPlan, plan_run
+from accel_gpt2.recipe import Layer, assignments_layer, parse_value, resolve
+
+GPT2_MODELS = [name for name, row in MODELS.items() if row.model_type == "gpt2"]
+
+
+def layer(**values: object) -> Layer:
+    return Layer(origin="--set", values=values)
+
+
+def planned(profile: str, *, prefer: Preference = "faithful", **values: object) -> RunPlan:
+    return plan_run([layer(**values)], PROFILES[profile], prefer=prefer)
+
+
+def options_of(plan: RunPlan) -> list[Option]:
+    """Every candidate that was planned."""
+    others = [x.option for x in plan.rejected if x.option is not None]
+    return others if plan.recommended is None else [plan.recommended, *others]
+
+
+def seconds(option: Option) -> float:
+    assert option.time is not None
+    return option.time.total.expected * option.time_share
+
+
+PINS = {
+    "finetuning": st.sampled_from(["full", "lora"]),
+    "optimizer": st.sampled_from(["adamw", "adamw_8bit", "adafactor"]),
+    "mixed_precision": st.sampled_from(["no", "bf16", "pure_bf16"]),
+    "gradient_checkpointing": st.booleans(),
+    "micro_batch_tokens": st.sampled_from([512, 1024, 3000, 8192]),
+    "max_length": st.sampled_from([128, 512]),
+    "global_batch_tokens": st.sampled_from([2048, 8192, 65_536]),
+}
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    model=st.sampled_from([name for name in GPT2_MODELS if MODELS[name].hub_id]),
+    dataset=st.sampled_from(["imdb", "ag_news", "sms_spam"]),
+    profile=st.sampled_from(list(PROFILES)),
+    prefer=st.sampled_from(["faithful", "speed", "memory", "quality"]),
+    pins=st.fixed_dictionaries({}, optional=PINS),
+)
+def test_the_answer_is_not_beaten_by_what_was_not_rejected_for_a_true_reason(
+    model: str, dataset: str, profile: str, prefer: Preference, pins: dict[str, object]
+) -> None:
+    """Each candidate that is not recommended has one reason, and the reason holds."""
+    plan = planned(profile, prefer=prefer, model=model, dataset=dataset, **pins)
+    best = plan.recommended
+    for rejected in plan.rejected:
+        option = rejected.option
+        if option is None:
+            assert rejected.why == "refused"
+            continue
+        usable = option.memory.usable_bytes or math.inf
+        host = math.inf if plan.profile.gpu is None else plan.profile.host_memory_bytes
+        fits = option.device.expected <= usable and option.memory.host_bytes <= host
+        tight = option.device.high > usable
+        match rejected.why:
+            case "does not fit":
+                assert not fits
+            case "not run yet":
+                assert not option.trained
+            case "less faithful":
+                assert best is not None
+                assert prefer in {"faithful", "quality"}
+                assert option.level > best.level
+            case "larger":
+                assert best is not None
+                assert prefer == "memory"
+                assert option.device.expected > best.device.expected
+            case "tight":
+                assert best is not None
+                assert tight
+                if best.verdict == "tight":
+                    assert option.device.high >= best.device.high
+            case "slower":
+                assert best is not None
+                assert seconds(option) >= seconds(best)
+            case "refused":
+                pytest.fail("an option that was planned is not refused")
+    if best is not None:
+        assert best.trained
+        assert best.device.expected <= (best.memory.usable_bytes or math.inf)
+
+
+@pytest.mark.parametrize("prefer", ["faithful", "speed", "memory", "quality"])
+def test_the_recommendation_is_the_minimum_of_an_independent_enumeration(
+    prefer: Preference,
+) -> None:
+    """Among all that runs and fits with room, nothing is more of what was preferred."""
+    compared = 0
+    for profile in ("rtx4070ti", "2x-rtx4070ti", "a100-80", "t4", "cpu"):
+        for model in ("gpt2", "gpt2-large", "gpt2-xl"):
+            plan = planned(profile, prefer=prefer, model=model)
+            roomy = [x for x in options_of(plan) if x.trained and x.verdict == "fits"]
+            if plan.recommended is None or plan.recommended.verdict != "fits":
+                continue
+            compared += len(roomy)
+            best = plan.recommended
+            if prefer == "speed":
+                assert seconds(best) == min(map(seconds, roomy))
+            elif prefer == "memory":
+                assert best.device.expected == min(x.device.expected for x in roomy)
+            else:
+                assert best.level == min(x.level for x in roomy)
+                same = [x for x in roomy if x.level == best.level]
+                assert seconds(best) == min(map(seconds, same))
+    assert compared > 200
+
+
+def choice(option: Option) -> tuple[object, ...]:
+    return tuple(getattr(option.recipe, key) for key in RESULT_CHOICES)
+
+
+def test_levels_come_in_the_order_of_faithfulness() -> None:
+    """fp32 weights, 8-bit states, pure bf16, LoRA, QLoRA; `quality` tries fp32 before them."""
+    order = [
+        ("full", "bf16", "adamw"),
+        ("full", "bf16", "adamw_8bit"),
+        ("full", "pure_bf16", "adamw_8bit"),
+        ("lora", "bf16", "adamw"),
+        ("qlora", "bf16", "adamw"),
+    ]
+    levels = {x.level: choice(x) for x in options_of(planned("rtx4070ti", model="gpt2-large"))}
+    assert [levels[i] for i in range(len(levels))] == order
+    with_fp32 = planned("rtx4070ti", prefer="quality", model="gpt2-large")
+    levels = {x.level: choice(x) for x in options_of(with_fp32)}
+    assert [levels[i] for i in range(len(levels))] == [("full", "no", "adamw"), *order]
+
+
+def test_a_machine_without_fast_bf16_is_not_offered_it() -> None:
+    """A T4 emulates bf16, and a CPU computes it slowly."""
+    for profile, precision in (("t4", "fp16"), ("cpu", "no")):
+        tried = {x.recipe.mixed_precision for x in options_of(planned(profile, model="gpt2"))}
+        assert tried == {precision}
+
+
+def test_random_weights_are_trained_whole() -> None:
+    """The rule of recipes that refuses an adapter on them is the reason that is given."""
+    plan = planned("rtx4070ti", model="gpt2", init="scratch")
+    assert {x.recipe.finetuning for x in options_of(plan)} == {"full"}
+    refused = [x.reason for x in plan.rejected if x.why == "refused" and "LoRA" in x.label]
+    assert any("random weights" in reason for reason in refused)
+
+
+@settings(max_examples=10, deadline=None)
+@given(pins=st.fixed_dictionaries({}, optional=PINS), profile=st.sampled_from(list(PROFILES)))
+def test_what_was_given_is_kept_and_the_global_batch_too(
+    pins: dict[str, object], profile: str
+) -> None:
+    """No candidate changes a pinned value; what the plan chose says so in its origin."""
+    plan = planned(profile, model="gpt2-medium", **pins)
+    asked = resolve([layer(model="gpt2-medium", **pins)]).recipe
+    options = options_of(plan)
+    assert options or plan.rejected
+    for option in options:
+        assert all(getattr(option.recipe, key) == value for key, value in pins.items())
+        assert option.recipe.global_batch_tokens == asked.global_batch_tokens
+        for key in set(CHOICES) - set(pins):
+            assert option.resolved.origins[key] == f"plan for {profile}"
+
+
+def typed(change: str, layers: Sequence[Layer]) -> list[Layer]:
+    """Layers with what a sentence said to type, as the command line reads it."""
+    words = change.split()
+    values: dict[str, object] = {}
+    while words:
+        option = words.pop(0)
+        if option == "--set":
+            values |= assignments_layer([words.pop(0)]).values
+        elif option.endswith("gradient-checkpointing"):
+            values["gradient_checkpointing"] = not option.startswith("--no-")
+        else:
+            key = option.removeprefix("--").replace("-", "_")
+            values[key] = parse_value(key, words.pop(0))
+    return [*layers, Layer(origin="typed", values=values)]
+
+
+@pytest.mark.parametrize(
+    ("profile", "values"),
+    [
+        ("rtx4070ti-12gb", {"model": "gpt2-xl", "finetuning": "full", "optimizer": "adamw"}),
+        ("rtx4070ti", {"model": "gpt2-xl", "mixed_precision": "bf16", "finetuning": "full"}),
+        ("rtx4070ti-12gb", {"model": "gpt2-medium", "mixed_precision": "no", "finetuning": "full",
+                            "gradient_checkpointing": False, "micro_batch_tokens": 8192}),
+        ("rtx4070ti-12gb", {"model": "gpt2-large", "gradient_checkpointing": False,
+                            "mixed_precision": "bf16", "finetuning": "full",
+                            "optimizer": "adamw"}),
+        ("rtx4070ti", dict(zip(RESULT_CHOICES, ("full", "no", "adamw"), strict=True))
+         | {"model": "gpt2-xl"}),
+    ],
+)  # fmt: skip
+def test_the_nearest_change_fits_when_it_is_typed(profile: str, values: dict[str, object]) -> None:
+    """What does not fit as it was pinned comes with words that make it fit."""
+    layers = [layer(**values)]
+    plan = plan_run(layers, PROFILES[profile])
+    assert plan.recommended is None
+    assert plan.nearest is not None
+    changed = typed(plan.nearest.change, layers)
+    machine = PROFILES[
+        next((str(x.values["profile"]) for x in changed if "profile" in x.values), profile)
+    ]
+    assert plan_run(changed, machine).recommended is not None
+
+
+def test_what_libraries_refuse_has_their_reason() -> None:
+    """8-bit states do not go with offload, and the plan says so without planning it."""
+    plan = planned("2x-rtx4070ti", model="gpt2-large", optimizer="adamw_8bit")
+    refused = {x.label: x.reason for x in plan.rejected if x.why == "refused"}
+    label = "full fine-tuning, bf16, 8-bit AdamW, zero2_offload"
+    assert "DeepSpeed puts an fp32 AdamW" in refused[label]
+    recipe = resolve([layer(optimizer="adamw_8bit")]).recipe
+    assert library_refusal(recipe, STRATEGIES["ddp"]) is None
+
+
+def test_only_what_this_version_trains_is_recommended() -> None:
+    """GPT-2 XL's fp32 weights fit on four cards in shares: shown as predicted, not recommended."""
+    plan = planned("4x-rtx3090", model="gpt2-xl")
+    assert plan.recommended is not None
+    assert plan.recommended.strategy.name == "ddp"
+    predicted = [x.option for x in plan.predicted]
+    assert any(x is not None and x.strategy.is_sharded and x.level == 0 for x in predicted)
+
+
+def test_classes_side_by_side_need_the_memory_of_each_and_their_share_of_the_time() -> None:
+    """Two processes on one GPU hold twice the bytes; one class per GPU takes half the time."""
+    one = {x.placement: x for x in options_of(planned("rtx4070ti", model="gpt2"))
+           if x.strategy.name == "single" and x.level == 0 and x.recipe.micro_batch_tokens == 1024
+           and not x.recipe.gradient_checkpointing}  # fmt: skip
+    assert one["concurrent"].device.expected == 2 * one["sequential"].device.expected
+    two = planned("2x-rtx4070ti", model="gpt2")
+    per_gpu = next(x for x in options_of(two) if x.placement == "per-gpu")
+    assert per_gpu.time is not None
+    assert per_gpu.seconds is not None
+    assert per_gpu.seconds.expected == pytest.approx(per_gpu.time.total.expected / 2)
+    assert per_gpu.device == per_gpu.memory.device
+
+
+def test_a_shared_base_is_resident_once() -> None:
+    """Four LoRA classes on one base need far less than four processes."""
+    plan = planned("a100-80", model="gpt2-xl", dataset="ag_news", finetuning="lora")
+    need = {}
+    for option in options_of(plan):
+        if option.recipe.micro_batch_tokens == 1024 and option.recipe.gradient_checkpointing:
+            need[option.placement] = option.device.expected
+    assert need["sequential"] < need["shared-base"] < 1.2 * need["sequential"]
+    assert need["concurrent"] == 4 * need["sequential"]
+
+
+def test_a_data_set_that_is_not_known_leaves_the_time_open_and_the_speeds_compared() -> None:
+    """A file that was not read: no total, and still the fastest that fits."""
+    plan = planned("rtx4070ti", model="gpt2", dataset="texts.csv")
+    assert plan.data is None
+    assert plan.recommended is not None
+    assert plan.recommended.seconds is None
+    assert plan.recommended.time is not None
+    slower = [x for x in plan.rejected if x.why == "slower"]
+    assert slower
+    assert all("s" in x.reason for x in slower)
+
+
+def test_the_price_of_the_machine_gives_the_cost() -> None:
+    """Two dollars an hour for the expected time."""
+    plan = planned("a100-40", model="gpt2", price_usd_per_hour=2.0)
+    option = plan.recommended
+    assert option is not None
+    assert option.seconds is not None
+    assert option.cost_usd == pytest.approx(option.seconds.expected / 1800)
+
+
+def test_a_wrong_recipe_is_a_usage_error() -> None:
+    """Contradictions in what was given are complained about, not searched around."""
+    with pytest.raises(UsageError, match="an adapter on random weights"):
+        planned("rtx4070ti", model="gpt2", init="scratch", finetuning="lora")
