@@ -40,9 +40,11 @@ def two_processes(
     texts_file = write_texts(folder / "texts.csv", documents_per_class=30, num_classes=2)
     changes = {**ROUNDING_STAYS_SMALL, "micro_batch_tokens": 64}
     base = str(next(trained_run.glob("class-0-*/final")))
+    adapter = {"model": base, "init": "pretrained", "tokenizer": "auto"}
     recipes: dict[str, dict[str, Any]] = {
         "full": {},
-        "lora": {"model": base, "init": "pretrained", "tokenizer": "auto", "finetuning": "lora"},
+        "lora": {**adapter, "finetuning": "lora"},
+        "qlora": {**adapter, "finetuning": "qlora"},
         "hybrid": {"objective": "hybrid"},
         "classification": {"objective": "classification"},
         "masked_lm": {"objective": "masked_lm", "model": "roberta-tiny"},
@@ -85,7 +87,9 @@ def two_processes(
     return folder
 
 
-@pytest.mark.parametrize("recipe", ["full", "lora", "hybrid", "classification", "masked_lm"])
+@pytest.mark.parametrize(
+    "recipe", ["full", "lora", "qlora", "hybrid", "classification", "masked_lm"]
+)
 def test_two_processes_train_the_model_of_one(two_processes: Path, recipe: str) -> None:
     """Two gloo processes with their own micro batches: same losses, same weights, same scores."""
     one, two = (two_processes / f"{number}-{recipe}" for number in ("one", "two"))
