@@ -61,7 +61,7 @@ def compare(
         typer.Option(
             help=f"The encoder of arms 6 and 7: a catalog name ({_names('roberta')}), a local "
             "directory or a hub id. [default: roberta-base, or roberta-tiny beside a model "
-            "without published weights]"
+            "from random weights]"
         ),
     ] = None,
     seeds: Annotated[

@@ -20,6 +20,7 @@ from accel_gpt2.cli.run_directory import (
 )
 from accel_gpt2.cli.train import TrainChoice, choose
 from accel_gpt2.errors import UsageError, UserError
+from accel_gpt2.plan.candidates import is_planned
 from accel_gpt2.plan.comparison import DECIDED_FIELDS, PlannedRun, default_encoder, plan_runs
 from accel_gpt2.recipe import Init, Layer, TrainRecipe
 
@@ -114,13 +115,16 @@ def prepare_comparison(
     """
     detect = functools.cache(detect)
     asked = choose(options, detect=detect)
+    if is_planned(asked.resolved.origins["finetuning"]):  # each arm has its own
+        whole = Layer(origin="compare", values={"finetuning": "full"})
+        asked = choose(dataclasses.replace(options, layers=(*options.layers, whole)), detect=detect)
     for warning in (*asked.warnings, *_overruled(asked)):
         warn(warning)
     undecided = {key: getattr(TrainRecipe(), key) for key in DECIDED_FIELDS}
     recipe = dataclasses.replace(asked.resolved.recipe, **undecided)
     directory = options.output_dir or _default_directory(recipe)
     _check_directory(directory)
-    encoder = encoder or default_encoder(recipe.model)
+    encoder = encoder or default_encoder(recipe.init)
     planned = plan_runs(
         arms,
         recipe,
@@ -130,7 +134,9 @@ def prepare_comparison(
         train_documents=train_documents,
     )
     # By its name, so that what there is to say about this machine is said once and not every time.
-    machine = Layer(origin="--profile", values={"profile": asked.profile.name})
+    # What arm 3 needs to fit holds for all arms, or they would differ in more than their names say.
+    alike = {key: getattr(recipe, key) for key in ("mixed_precision", "optimizer")}
+    machine = Layer(origin="--profile", values={"profile": asked.profile.name, **alike})
     shared = dataclasses.replace(options, layers=(*options.layers, machine))
     prepare = functools.partial(
         _prepare_run, shared, directory=directory, other_dataset=other_dataset, detect=detect

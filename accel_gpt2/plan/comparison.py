@@ -8,7 +8,7 @@ from pathlib import Path
 from accel_gpt2.catalog.arms import ARMS, BASE_DIRECTORY, BASE_FINAL, BASE_VALUES, ArmSpec
 from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.errors import UsageError
-from accel_gpt2.recipe import FIELDS, RUN_FIELDS, Layer, TrainRecipe
+from accel_gpt2.recipe import FIELDS, RUN_FIELDS, Init, Layer, TrainRecipe
 
 # What the comparison decides for every run. An earlier layer that says something else is overruled.
 DECIDED_FIELDS = ("objective", "finetuning", "seed")
@@ -69,14 +69,15 @@ def select_arms(text: str) -> tuple[ArmSpec, ...]:
     return tuple(arm for arm in ARMS.values() if arm.id in words or str(arm.arm) in words)
 
 
-def default_encoder(model: str) -> str:
-    """The encoder of arms 6 and 7: like the model a pretrained one, or a small one from scratch.
+def default_encoder(init: Init) -> str:
+    """The encoder of arms 6 and 7: like the model a pretrained one, or one from random weights.
 
-    >>> default_encoder("gpt2-tiny"), default_encoder("gpt2-medium")
+    For the latter a small one, with a tokenizer of the training text: nothing has to be fetched.
+
+    >>> default_encoder("scratch"), default_encoder("pretrained")
     ('roberta-tiny', 'roberta-base')
     """
-    row = MODELS.get(model)
-    return "roberta-tiny" if row is not None and row.hub_id is None else "roberta-base"
+    return "roberta-tiny" if init == "scratch" else "roberta-base"
 
 
 def shared_max_length(recipe: TrainRecipe, arms: Sequence[ArmSpec], encoder: str) -> int:
@@ -159,8 +160,10 @@ def _with_values(
         values = {**_adapter_values(recipe, directory / base / BASE_FINAL), **values}
     if arm.backbone == "encoder":
         values["model"] = encoder
-    layer = Layer(origin=point.layer.origin, values={**values, **arm.recipe_values})
-    yield dataclasses.replace(point, layer=layer, base=base)
+    values = {"finetuning": "full", **values, **arm.recipe_values}
+    yield dataclasses.replace(
+        point, layer=Layer(origin=point.layer.origin, values=values), base=base
+    )
 
 
 def _adapter_values(recipe: TrainRecipe, base: Path) -> dict[str, object]:

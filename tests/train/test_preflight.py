@@ -1,5 +1,6 @@
 """What cannot start says so before anything is loaded, with every way on."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,31 @@ def test_what_is_there_passes(texts_file: Path) -> None:
     check_available(
         TrainRecipe(model="gpt2", init="scratch", dataset=str(texts_file), max_length=64)
     )
+
+
+def test_a_tokenizer_that_is_nowhere_is_noticed(texts_file: Path, tmp_path: Path) -> None:
+    """Random weights need none of roberta-base's files but its tokenizer, and that is the hub's."""
+    scratch = TrainRecipe(
+        model="roberta-base",
+        init="scratch",
+        objective="masked_lm",
+        dataset=str(texts_file),
+        max_length=64,
+    )
+    with pytest.raises(UserError, match="tokenizer FacebookAI/roberta-base is not on this machine"):
+        check_available(scratch)
+    check_available(dataclasses.replace(scratch, tokenizer="train"))
+    with pytest.raises(UserError, match=f"{tmp_path} holds no tokenizer"):
+        check_available(dataclasses.replace(scratch, tokenizer=str(tmp_path)))
+
+
+def test_a_tokenizer_beside_missing_weights_is_not_asked_for_again(texts_file: Path) -> None:
+    """One repository holds both: one sentence, and the hub is asked once."""
+    with pytest.raises(UserError, match="weights of roberta-base are not") as error:
+        check_available(
+            TrainRecipe(model="roberta-base", objective="masked_lm", dataset=str(texts_file))
+        )
+    assert "tokenizer" not in str(error.value)
 
 
 def test_asking_loads_no_torch() -> None:
