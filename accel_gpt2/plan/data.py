@@ -2,6 +2,7 @@
 
 import bisect
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,9 @@ class DataStatistics:
     Document counts are of all classes together. `mean_tokens` are predicted tokens per training
     document (BOS is not predicted, EOS is), cut at the recipe's `max_length`; `mean_context_tokens`
     is sum L^2 / sum L of the same lengths: the sequence length that the average token sees.
-    `longest_tokens` counts BOS and EOS. `source` says where the numbers come from.
+    `longest_tokens` counts BOS and EOS. `lengths` are pairs of predicted tokens and documents that
+    have about so many; where they are empty all documents count as of mean length. `source` says
+    where the numbers come from.
     """
 
     num_classes: int
@@ -27,6 +30,7 @@ class DataStatistics:
     mean_context_tokens: float
     longest_tokens: int
     source: str
+    lengths: TokenLengths = ()
 
 
 def dataset_statistics(recipe: TrainRecipe) -> DataStatistics | None:
@@ -102,7 +106,10 @@ def cut_statistics(
     held_out = [min(max(round(wanted * count / total), 1), count - 1) for count in train_documents]
     limit = recipe.train_documents_per_class or total
     kept = [min(count - out, limit) for count, out in zip(train_documents, held_out, strict=True)]
-    predicted = [(min(n, recipe.max_length - 2) + 1, count) for n, count in token_lengths]
+    cut = Counter[int]()
+    for n, count in token_lengths:
+        cut[min(n, recipe.max_length - 2) + 1] += count
+    predicted = tuple(cut.items())
     documents = sum(count for _, count in predicted)
     tokens = sum(n * count for n, count in predicted)
     return DataStatistics(
@@ -114,6 +121,7 @@ def cut_statistics(
         mean_context_tokens=sum(n * n * count for n, count in predicted) / tokens,
         longest_tokens=max(n for n, _ in predicted) + 1,
         source=source,
+        lengths=predicted,
     )
 
 
@@ -133,4 +141,5 @@ def length_statistics(lengths: Sequence[int], *, source: str) -> DataStatistics:
         mean_context_tokens=sum((n - 1) ** 2 for n in lengths) / tokens,
         longest_tokens=max(lengths),
         source=source,
+        lengths=tuple(Counter(n - 1 for n in lengths).items()),
     )

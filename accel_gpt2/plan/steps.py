@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from accel_gpt2.plan.data import DataStatistics
 from accel_gpt2.recipe import TrainRecipe
 
-# Documents of similar length share a micro batch, which leaves little padding: 0.97 on AG News'
-# and IMDB's lengths, for any batch of more than a few documents.
-PADDED_SHARE = 0.97
+# Documents of similar length share a batch, but for data.batching's blur of a tenth either way: the
+# longest of a batch is about a tenth longer than the mean, and less so in each of several pieces.
+_BLUR_PADDING = 0.09
 
 _POOL_BATCHES = 64  # data.batching's: the last batch of each pool is half full on average
 
@@ -18,50 +18,58 @@ class StepPlan:
     """One training (of a class, or of the only model) in steps.
 
     `tokens` are predicted tokens of a mean step, padding not counted, over all processes;
-    `micro_batches` is how many of them each process puts through one after another.
+    `micro_batches` is the mean number of them that each process puts through one after another, and
+    `padded_share` is `tokens` over what these are with their padding.
     """
 
     num_models: int
     num_steps: int
     steps_per_epoch: int
     tokens: float
-    micro_batches: int
+    micro_batches: float
+    padded_share: float
 
 
 def plan_steps(recipe: TrainRecipe, data: DataStatistics, world_size: int) -> StepPlan:
-    """Steps of one model, expected from mean lengths; `tests/plan/test_steps.py` holds it against
-    the real batches.
+    """Steps of one model, from the lengths of documents: each batch is of documents of one length.
+
+    `tests/plan/test_steps.py` holds it against the real batches.
 
     >>> from accel_gpt2.plan.data import dataset_statistics
     >>> recipe = TrainRecipe(dataset="imdb", epochs=1)
     >>> plan = plan_steps(recipe, dataset_statistics(recipe), world_size=1)
-    >>> plan.num_models, plan.num_steps, round(plan.tokens), plan.micro_batches
-    (2, 428, 7962, 3)
+    >>> plan.num_models, plan.num_steps, round(plan.tokens), round(plan.micro_batches, 1)
+    (2, 426, 7955, 2.9)
     """
     num_models = data.num_classes if recipe.objective in {"generative", "masked_lm"} else 1
     documents = data.num_train_documents / num_models
-    mean, context = data.mean_tokens, data.mean_context_tokens
-    if recipe.global_batch_size is not None:
-        per_batch = float(recipe.global_batch_size)
-    else:
-        assert recipe.global_batch_tokens is not None, "the recipe gives one of the two"
-        # A batch ends where the next document would not fit: half of one stays free.
-        per_batch = max(1.0, (recipe.global_batch_tokens - context / 2) / mean)
-    per_batch = min(per_batch, documents)
-    whole = documents / per_batch
-    steps_per_epoch = math.ceil(whole + 0.5 * math.ceil(whole / _POOL_BATCHES) - 0.5)
+    lengths = data.lengths or ((round(data.mean_tokens), 1),)
+    batches = pieces = whole = padded = 0.0
+    for tokens, count in lengths:
+        if recipe.global_batch_size is not None:
+            per_batch = recipe.global_batch_size
+        else:
+            assert recipe.global_batch_tokens is not None, "the recipe gives one of the two"
+            per_batch = max(1, recipe.global_batch_tokens // tokens)
+        per_piece = max(1, int(recipe.micro_batch_tokens * (1 - _BLUR_PADDING / 3) / tokens))
+        cut = math.ceil(per_batch / per_piece)
+        batches += count / per_batch
+        pieces += count / per_batch * math.ceil(cut / world_size)
+        whole += count * tokens
+        padded += count * tokens / (1 - _BLUR_PADDING / max(cut, world_size))
+    micro_batches = pieces / batches
+    batches *= documents / sum(count for _, count in lengths)
+    steps_per_epoch = math.ceil(batches + 0.5 * (math.ceil(batches / _POOL_BATCHES) - 1))
     num_steps = math.ceil(recipe.epochs * steps_per_epoch)
     if recipe.max_steps is not None:
         num_steps = min(num_steps, recipe.max_steps)
-    tokens = documents * mean / steps_per_epoch
-    room = max(recipe.micro_batch_tokens - context / 2, context)  # one document goes through always
-    pieces = max(1, math.ceil(tokens / PADDED_SHARE / room))
     return StepPlan(
         num_models=num_models,
         num_steps=num_steps,
         steps_per_epoch=steps_per_epoch,
-        tokens=tokens,
-        micro_batches=math.ceil(pieces / world_size),
+        tokens=documents * data.mean_tokens / steps_per_epoch,
+        micro_batches=micro_batches,
+        padded_share=whole / padded,
     )
 
 

@@ -18,7 +18,6 @@ from accel_gpt2.plan.calibration import Calibration, Residual
 from accel_gpt2.plan.data import DataStatistics
 from accel_gpt2.plan.flops import forward_flops, peak_flops_per_second, train_flops_per_token
 from accel_gpt2.plan.steps import (
-    PADDED_SHARE,
     StepPlan,
     num_evaluations,
     num_saves,
@@ -337,7 +336,7 @@ def _step_terms(
         data.num_classes if recipe.objective == "hybrid" else 1
     )  # models a document goes through
     valid = steps.tokens / world_size * passes
-    padded = valid / PADDED_SHARE
+    padded = valid / steps.padded_share
     forward = forward_flops(
         n_layer=model.n_layer,
         n_embd=model.n_embd,
@@ -440,7 +439,7 @@ def _step_terms(
         (
             "weights",
             weights_seconds,
-            f"Weights are read and gradients written {count} times, once a micro batch, at "
+            f"Weights are read and gradients written {count:.1f} times, once a micro batch, at "
             f"{speed}.",
         ),
         (
@@ -478,7 +477,7 @@ def _exchange_seconds(
     num_parameters: float,
     trained: float,
     precision: str,
-    micro_batches: int,
+    micro_batches: float,
     world_size: int,
     busy_seconds: float,
 ) -> float:
@@ -570,9 +569,7 @@ def _scoring_seconds(
         vocab_size=model.vocab_size,
         context_tokens=data.mean_context_tokens,
     )
-    blocks = matmul_seconds(
-        1 / PADDED_SHARE, forward.blocks + forward.attention, model.n_embd, device
-    )
+    blocks = matmul_seconds(1, forward.blocks + forward.attention, model.n_embd, device)
     head = forward.head / (device.fp32_matmul_flops * device.at_width(model.n_embd))
     kernels = _KERNELS[recipe.mixed_precision]
     moved = Kernels(layer_bytes=kernels.layer_bytes * _FORWARD_SHARE, head_bytes=12)
