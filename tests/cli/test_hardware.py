@@ -221,9 +221,10 @@ def test_an_unknown_profile_names_the_nearest_and_all() -> None:
 
 def test_a_slow_or_impossible_precision_is_said_before_the_training() -> None:
     """bf16 on a CPU or a T4 is slow and warned of; fp16 on a CPU cannot be trained."""
-    (warning,) = check_profile("cpu", PROFILES["cpu"], machine(), "bf16")
-    assert "far more slowly than fp32" in warning
-    (warning,) = check_profile("t4", PROFILES["t4"], machine(T4), "bf16")
-    assert "T4 16 GB only emulates bf16" in warning
+    for precision in ("bf16", "pure_bf16"):
+        (warning,) = check_profile("cpu", PROFILES["cpu"], machine(), precision)
+        assert f"is {precision}: most CPUs compute bf16 far more slowly than fp32" in warning
+        (warning,) = check_profile("t4", PROFILES["t4"], machine(T4), precision)
+        assert f"is {precision}: T4 16 GB only emulates bf16" in warning
     with pytest.raises(DoesNotFitError, match=r"'fp16' needs a GPU.*--mixed-precision no"):
         check_profile("cpu", PROFILES["cpu"], machine(), "fp16")

@@ -28,6 +28,7 @@ from accel_gpt2.cli.launcher import (
     recorded_outcome,
     run_launch,
     training_launch,
+    use_expandable_segments,
 )
 from accel_gpt2.errors import DoesNotFitError, ExitCode, StoppedEarly, UserError
 
@@ -448,6 +449,32 @@ def test_accelerate_reads_the_config_and_no_stale_default(
     assert bool(parsed.cpu or parsed.use_cpu) == cpu
     assert parsed.training_script.endswith("launch/train.py")
     assert parsed.training_script_args == list(launch.argv[-2:])
+
+
+def test_accelerate_has_no_autocast_for_bf16_weights() -> None:
+    """pure_bf16 is what our model is; Accelerate, which knows no such precision, gets `no`."""
+    for asked, told in (("pure_bf16", "no"), ("bf16", "bf16"), ("fp16", "fp16"), ("no", "no")):
+        config = yaml.safe_load(accelerate_config(PROFILES["rtx4070ti"], asked))
+        assert config["mixed_precision"] == told
+
+
+@pytest.mark.parametrize(
+    ("profile", "platform", "before", "added"),
+    [
+        ("rtx4070ti", "linux", {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ("cpu", "linux", {}, {}),
+        ("rtx4070ti", "win32", {}, {}),
+        ("rtx4070ti", "linux", {"PYTORCH_ALLOC_CONF": ""}, {}),
+        ("rtx4070ti", "linux", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, {}),
+    ],
+)
+def test_the_allocator_is_set_where_the_person_has_not(
+    profile: str, platform: str, before: dict[str, str], added: dict[str, str]
+) -> None:
+    """On a GPU under Linux; whatever the person has said about it, also nothing, stays."""
+    environment = dict(before)
+    use_expandable_segments(PROFILES[profile], environment, platform)
+    assert environment == before | added
 
 
 def test_accelerate_itself_starts_the_trainer_and_stays_quiet(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import multiprocessing
+import os
 import socket
 import subprocess
 import sys
@@ -337,3 +338,38 @@ def test_the_launched_script_has_the_same_options(accel_gpt2: CommandLine) -> No
     verb = accel_gpt2("train", "--help").stdout
     assert script.split("Options:")[1] == verb.split("Options:")[1]
     assert "--gradient-checkpointing / --no-gradient-checkpointing" in script
+
+
+_WHAT_TORCH_FINDS = """
+import os, runpy, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("PYTORCH_ALLOC_CONF"))
+            sys.stdout.flush()
+            os._exit(0)
+
+sys.meta_path.insert(0, Finder())
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("mine", [None, "max_split_size_mb:64"])
+def test_torch_finds_its_allocators_setting(texts: Path, tmp_path: Path, mine: str | None) -> None:
+    """launch/train.py, however it was started, sets it before torch is imported by anything."""
+    card = "GPU-aaaa1111, NVIDIA GeForce RTX 4070 Ti SUPER, 16376, 8.9"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{card}'\n", "utf-8")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment |= {} if mine is None else {"PYTORCH_ALLOC_CONF": mine}
+    script = str(Path(__file__).parents[2] / "launch" / "train.py")
+    given = ["--model=gpt2-tiny", "--profile=rtx4070ti", f"--dataset={texts}"]
+    ended = subprocess.run(
+        [sys.executable, "-c", _WHAT_TORCH_FINDS, script, *given, f"--output-dir={tmp_path}/run"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout.strip() == (mine or "expandable_segments:True")
