@@ -7,6 +7,7 @@ that autograd saves, the tensors are named; where it was read off traces of the 
 docs/benchmarks/2026-11-23-memory-closed-form.md how far off it is.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -28,6 +29,27 @@ PROJECTIONS = {
 # NF4 with double quantisation: half a byte a weight, an 8-bit scale for each 64, and an fp32 scale
 # of those for each 256 (Dettmers et al. 2023, section 3).
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+# With adapters, what a block has in hand beyond what is saved of it, in bytes an element of the
+# hidden state: forward, backward. Read off traces with all four projections adapted: peft's copies
+# in the adapter's own type, the product of the second matrix, its multiple, the sum. By compute
+# width, autocast, checkpointing, and dropout before the adapter.
+_ADAPTER_TRANSIENTS = {
+    (4, False, False, False): (20, 32),
+    (4, False, False, True): (36, 20),
+    (4, False, True, False): (60, 32),
+    (4, False, True, True): (60, 36),
+    (2, False, False, False): (10, 16),
+    (2, False, False, True): (18, 10),
+    (2, False, True, False): (30, 16),
+    (2, False, True, True): (30, 18),
+    (2, True, False, False): (36, 18),
+    (2, True, False, True): (48, 26),
+    (2, True, True, False): (44, 36),
+    (2, True, True, True): (60, 48),
+}
+
+Shapes = tuple[tuple[tuple[int, ...], int], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,32 +143,23 @@ class Gpt2Step:
         )
 
     @property
-    def trained_shapes(self) -> list[tuple[tuple[int, ...], int]]:
+    def trained_shapes(self) -> Shapes:
         """Shapes of the trained tensors, and how many there are of each; the largest first."""
-        d, layers, rank = self.model.n_embd, self.model.n_layer, self.recipe.lora_rank
-        if not self.full:
-            pairs = (PROJECTIONS[path] for path in self.adapted)
-            return [
-                shape
-                for inputs, outputs in sorted(pairs, key=max, reverse=True)
-                for shape in (((rank, inputs * d), layers), ((outputs * d, rank), layers))
-            ]
-        return [
-            ((self.model.vocab_size, d), 1),
-            ((self.model.n_positions, d), 1),
-            ((d, 4 * d), layers),
-            ((4 * d, d), layers),
-            ((d, 3 * d), layers),
-            ((d, d), layers),
-            ((4 * d,), layers),
-            ((3 * d,), layers),
-            ((d,), 6 * layers + 2),
-        ]
+        if self.full:
+            return _shapes(
+                self.model.n_layer,
+                self.model.n_embd,
+                self.model.n_positions,
+                self.model.vocab_size,
+            )
+        return _adapter_shapes(
+            self.model.n_layer, self.model.n_embd, self.recipe.lora_rank, self.adapted
+        )
 
     @property
     def num_trained(self) -> int:
         """Trained parameters."""
-        return sum(math.prod(shape) * count for shape, count in self.trained_shapes)
+        return _count(self.trained_shapes)
 
     @property
     def num_adapter_parameters(self) -> int:
@@ -317,13 +330,12 @@ class Gpt2Step:
         e = self.compute
         fed = {"attn.c_attn": 1, "mlp.c_fc": 1, "mlp.c_proj": 4}
         products = sum(size for path, size in fed.items() if self.full or path in self.adapted)
-        saved = 2 * self.stream + e * (products + 3 + 1 + 4)
+        saved: float = 2 * self.stream + e * (products + 3 + 1 + 4)
         if not self.recipe.fused_gelu:
             # gelu_new's own intermediate results, four times as wide: x and tanh and 1 + tanh in
             # fp32 under autocast, because pow is.
             saved += 4 * (4 + 4 + 4 if not self.pure else 2 + 2 + 2)
-        if self.recipe.dropout > 0:
-            saved += 2 * self._mask
+        saved += 2 * self._drop
         if not self.full:
             saved += self._adapter_inputs()
         return saved
@@ -339,8 +351,10 @@ class Gpt2Step:
         return extra
 
     @property
-    def _mask(self) -> int:
-        # CUDA's fused dropout keeps a byte; a CPU keeps the noise that it multiplied with.
+    def _drop(self) -> int:
+        """What dropout keeps of an element: CUDA a byte, a CPU the noise that it multiplied by."""
+        if self.recipe.dropout == 0:
+            return 0
         return 1 if self.on_gpu else self.compute
 
     @property
@@ -366,19 +380,26 @@ class Gpt2Step:
         """16-bit copies of one block's weights, which its backward pass needs."""
         if self.recipe.finetuning == "qlora":
             return 0.0  # made anew for every product
-        return 2.0 * self.block_matrices if self.autocast else 0.0
+        if not self.autocast:
+            return 0.0
+        return 2.0 * (self.block_matrices + self.num_adapter_parameters / self.model.n_layer)
 
     @property
     def embedding_bytes(self) -> float:
         """What the first block takes, and the dropout before it."""
         if not self.full and not self.recipe.gradient_checkpointing:
-            return 0.0  # nothing below the first adapter needs a gradient
-        embedded = self.stream * self.nd
-        if self.recipe.dropout > 0:
-            embedded += self._mask * self.nd
+            return -self._not_saved_below_the_first_adapter
+        embedded = float(self.stream + self._drop) * self.nd
         if not self.full:
             embedded += self.stream * self.nd  # peft makes the embedding a leaf with a gradient
         return embedded
+
+    @property
+    def _not_saved_below_the_first_adapter(self) -> float:
+        # What the first block takes needs no gradient, so its first LayerNorm keeps nothing but
+        # what the embedding would have kept, and dropout before the first adapter no mask.
+        drops = self.recipe.lora_dropout > 0 and "attn.c_attn" in self.adapted
+        return 1.0 * self.nd if drops else 0.0
 
     def activations(self, blocks: int) -> list[MemoryTerm]:
         """What is saved of the embedding and of so many blocks."""
@@ -402,9 +423,11 @@ class Gpt2Step:
         return terms
 
     def _copies(self, blocks: int) -> MemoryTerm:
+        # The first block's frozen c_attn has nothing below it that needs a gradient.
+        unneeded = 0 if self.full else 2 * 3 * self.model.n_embd**2
         return _term(
             "16-bit copies of weights",
-            blocks * self.weight_copies,
+            blocks * self.weight_copies - unneeded,
             f"autocast's, {self.weight_copies:,.0f} bytes for each of {blocks} blocks",
         )
 
@@ -441,19 +464,20 @@ class Gpt2Step:
 
     def phases(self) -> tuple[MemoryPhase, ...]:
         """All of them, in the order of a step."""
-        return (
-            self._forward(),
-            self._loss(),
-            self._blocks(),
-            *([self._embedding()] if self.full else []),
-            self._optimizer(),
-            self._evaluation(),
-            self._saving(),
-        )
-
-    def _phase(self, name: str, *terms: MemoryTerm) -> MemoryPhase:
-        return MemoryPhase(
-            name=name, terms=tuple(term for term in (*self.resident(), *terms) if term.bytes)
+        resident = self.resident()
+        phases = {
+            "forward": self._forward(),
+            "loss backward": self._loss(),
+            "block backward": self._blocks(),
+            "embedding backward": self._embedding() if self.full else [],
+            "optimizer step": self._optimizer(),
+            "evaluation": self._evaluation(),
+            "checkpoint saving": self._saving(),
+        }
+        return tuple(
+            MemoryPhase(name=name, terms=tuple(term for term in (*resident, *own) if term.bytes))
+            for name, own in phases.items()
+            if own
         )
 
     def _outputs(self) -> list[MemoryTerm]:
@@ -467,9 +491,8 @@ class Gpt2Step:
             )
         ]
 
-    def _forward(self) -> MemoryPhase:
-        return self._phase(
-            "forward",
+    def _forward(self) -> list[MemoryTerm]:
+        return [
             *self.held_gradients(),
             *self.activations(self.model.n_layer),
             *self.forward_copies(),
@@ -480,26 +503,28 @@ class Gpt2Step:
                 self._forward_per_token * self.nd + self.length * self.model.n_embd * self.weight,
                 "what the last block has in hand, and the embeddings",
             ),
-        )
+        ]
 
     @property
     def _forward_per_token(self) -> float:
         # Read off traces. Without checkpointing all but the sum of the residual is saved anyway.
         if not self.full:
-            return self._adapter_transient - self.stream
+            forward, _ = self._adapter_transients
+            return forward - (0 if self.recipe.gradient_checkpointing else self._drop)
         if self.recipe.gradient_checkpointing:
             return {4: 48, 2: 30 if self.autocast else 24}[self.compute]
         return 3 * self.stream
 
-    def _loss(self) -> MemoryPhase:
+    def _loss(self) -> list[MemoryTerm]:
         chunk = self._stock_logits() if self.stock_loss else self._chunk()
         hidden = 2 * self.stream * self.nd
+        rows = 4 * min(self.recipe.loss_chunk_tokens, self.tokens) * self.model.n_embd
         forward = [
             *self.forward_copies(),
             *chunk,
             _term(
                 "hidden states and their gradient",
-                0 if self.stock_loss else hidden + 32 * self.tokens,
+                0 if self.stock_loss else hidden + 32 * self.tokens + rows,
                 f"2 x {self.stream} bytes x {self.nd:,}",
             ),
         ]
@@ -512,8 +537,7 @@ class Gpt2Step:
             ),
         ]
         fuller = max(forward, backward, key=lambda terms: sum(term.bytes for term in terms))
-        return self._phase(
-            "loss backward",
+        return [
             *self.held_gradients(),
             *self.activations(self.model.n_layer),
             *self.gathered(blocks=1),
@@ -524,7 +548,7 @@ class Gpt2Step:
                 f"{self.stream} bytes x {self.nd:,}, the last LayerNorm's input",
             ),
             *fuller,
-        )
+        ]
 
     def _head_copy(self) -> list[MemoryTerm]:
         return [
@@ -573,7 +597,7 @@ class Gpt2Step:
             *self._head_copy(),
         ]
 
-    def _blocks(self) -> MemoryPhase:
+    def _blocks(self) -> list[MemoryTerm]:
         """Backward through the block at which most is held: the last one or the first."""
         layers = self.model.n_layer
         candidates = [
@@ -586,13 +610,12 @@ class Gpt2Step:
             for blocks in {layers, 1}
         ]
         fuller = max(candidates, key=lambda terms: sum(term.bytes for term in terms))
-        return self._phase(
-            "block backward",
+        return [
             *fuller,
             *self._head_gradient(),
             *self._outputs(),
             self._backward_transient(),
-        )
+        ]
 
     def _block_gradients(self, blocks_done: int) -> list[MemoryTerm]:
         if self.accumulates:
@@ -618,9 +641,12 @@ class Gpt2Step:
         ]
 
     def _backward_transient(self) -> MemoryTerm:
-        e, drop = self.compute, self._mask if self.recipe.dropout > 0 else 0
+        e, drop = self.compute, self._drop
         if not self.full:
-            per_token, matrices = self._adapter_transient, 0.0
+            _, backward = self._adapter_transients
+            # Autocast's peak is in the recomputation, where the mask is made, not used.
+            recomputing = self.recipe.gradient_checkpointing and self.autocast
+            per_token, matrices = backward + (drop if recomputing else -drop), 0.0
         elif self.recipe.fused_gelu:
             # At the block's last product: the gradient that came, its copy (autocast's, or
             # dropout's), and that of GELU's output; the block's own output is gone.
@@ -644,14 +670,15 @@ class Gpt2Step:
         )
 
     @property
-    def _adapter_transient(self) -> float:
-        # Read off traces: the gradient of GELU's output by two ways, and their sum.
-        return 8.0 * self.compute
+    def _adapter_transients(self) -> tuple[int, int]:
+        recipe = self.recipe
+        return _ADAPTER_TRANSIENTS[
+            self.compute, self.autocast, recipe.gradient_checkpointing, recipe.lora_dropout > 0
+        ]
 
-    def _embedding(self) -> MemoryPhase:
+    def _embedding(self) -> list[MemoryTerm]:
         sums = "the head's, and the embedding's to be added to it"
-        return self._phase(
-            "embedding backward",
+        return [
             self.all_gradients("all that the step makes"),
             *self.gathered(blocks=0),
             *self._outputs(),
@@ -661,9 +688,9 @@ class Gpt2Step:
                 f"{self.head:,} x {self.weight} bytes, {sums}",
             ),
             _term("gradient of the input", self.stream * self.nd, f"{self.nd:,} x {self.stream}"),
-        )
+        ]
 
-    def _optimizer(self) -> MemoryPhase:
+    def _optimizer(self) -> list[MemoryTerm]:
         spec = OPTIMIZERS[self.recipe.optimizer]
         largest, following = (math.prod(shape) for shape, _ in self.trained_shapes[:2])
         if self._plain_pure:
@@ -674,8 +701,7 @@ class Gpt2Step:
         if self.strategy.backend == "deepspeed" and self.strategy.zero_stage >= 2:
             # stage_1_and_2.py, step: the share's gradients in fp32.
             temporaries += 4 * self.num_trained / self.world_size
-        return self._phase(
-            "optimizer step",
+        return [
             self.all_gradients("of the step"),
             *self._outputs(),
             _term(
@@ -683,12 +709,15 @@ class Gpt2Step:
                 0 if self.strategy.offloads_optimizer else temporaries,
                 f"{self.recipe.optimizer} over the largest of {self.num_trained:,} parameters",
             ),
-        )
+        ]
 
-    def _evaluation(self) -> MemoryPhase:
+    def _evaluation(self) -> list[MemoryTerm]:
         width = self.stream
         # Read off traces: the products' cache, and what a block has in hand.
-        per_token = {4: 56, 2: 32 if self.autocast else 28}[self.compute]
+        kind = (self.compute, self.autocast)
+        per_token = {(4, False): 56, (2, True): 32, (2, False): 28}[kind]
+        if not self.full:
+            per_token = {(4, False): 72, (2, True): 53, (2, False): 36}[kind]
         cache = (
             (2 * self.block_matrices + 2 * 9 * self.model.n_embd) * self.model.n_layer
             if self.autocast and self.full
@@ -697,8 +726,7 @@ class Gpt2Step:
         head = 4 * self.head if width == 2 else 0
         scoring = head + 4 * self.chunk_logits + width * self.nd
         in_blocks = per_token * self.nd
-        return self._phase(
-            "evaluation",
+        return [
             *self.gathered(blocks=2),
             _term("autocast's cache", cache, "16-bit copies that live until the forward pass ends"),
             _term(
@@ -706,15 +734,48 @@ class Gpt2Step:
                 max(scoring, in_blocks),
                 "a chunk's fp32 logits and an fp32 head, or what a block has in hand",
             ),
-        )
+        ]
 
-    def _saving(self) -> MemoryPhase:
+    def _saving(self) -> list[MemoryTerm]:
         copy = 0 if self.on_gpu else self.num_trained * self._trained_width
-        return self._phase(
-            "checkpoint saving",
+        return [
             _term("copies of the weights", copy, "safetensors writes a file from its own copies"),
-        )
+        ]
 
 
 def _term(name: str, num_bytes: float, why: str) -> MemoryTerm:
     return MemoryTerm(name=name, bytes=round(num_bytes), why=why)
+
+
+@functools.cache
+def _shapes(n_layer: int, n_embd: int, n_positions: int, vocab_size: int) -> Shapes:
+    d = n_embd
+    return (
+        ((vocab_size, d), 1),
+        ((n_positions, d), 1),
+        ((d, 4 * d), n_layer),
+        ((4 * d, d), n_layer),
+        ((d, 3 * d), n_layer),
+        ((d, d), n_layer),
+        ((4 * d,), n_layer),
+        ((3 * d,), n_layer),
+        ((d,), 6 * n_layer + 2),
+    )
+
+
+@functools.cache
+def _adapter_shapes(n_layer: int, n_embd: int, rank: int, adapted: tuple[str, ...]) -> Shapes:
+    pairs = sorted((PROJECTIONS[path] for path in adapted), key=max, reverse=True)
+    return tuple(
+        shape
+        for inputs, outputs in pairs
+        for shape in (
+            ((rank, inputs * n_embd), n_layer),
+            ((outputs * n_embd, rank), n_layer),
+        )
+    )
+
+
+@functools.cache
+def _count(shapes: Shapes) -> int:
+    return sum(math.prod(shape) * count for shape, count in shapes)
