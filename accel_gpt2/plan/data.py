@@ -48,13 +48,13 @@ def dataset_statistics(recipe: TrainRecipe) -> DataStatistics | None:
     train, test = row.train_documents, row.test_documents
     if recipe.test_split == "none" and row.test_fraction:  # nothing is cut from the only split
         train = tuple(map(sum, zip(train, test, strict=True)))
-    ratio, vocabulary = _tokens_per_gpt2_token(recipe, row)
     return cut_statistics(
         recipe,
         train_documents=train,
         num_test_documents=0 if recipe.test_split == "none" else sum(test),
-        token_lengths=tuple((max(1, round(n * ratio)), count) for n, count in row.token_lengths),
-        source=f"catalog row {row.name}: {row.statistics_source}{vocabulary}",
+        token_lengths=row.token_lengths,
+        trained_vocabularies=row.trained_vocabularies,
+        source=f"catalog row {row.name}: {row.statistics_source}",
     )
 
 
@@ -64,13 +64,15 @@ def _row(dataset: str) -> DatasetSpec | None:
     )
 
 
-def _tokens_per_gpt2_token(recipe: TrainRecipe, row: DatasetSpec) -> tuple[float, str]:
+def _tokens_per_gpt2_token(
+    recipe: TrainRecipe, trained_vocabularies: Sequence[tuple[int, float]]
+) -> tuple[float, str]:
     """How many tokens of the recipe's vocabulary stand for one of GPT-2's, and a word on it."""
     if recipe.tokenizer != "train":
         known = recipe.tokenizer == "auto"  # RoBERTa's vocabulary is GPT-2's, in another order
         return 1.0, "" if known else f"; taken as GPT-2's tokens, not {recipe.tokenizer}'s"
-    sizes = [math.log(size) for size, _ in row.trained_vocabularies]
-    ratios = [ratio for _, ratio in row.trained_vocabularies]
+    sizes = [math.log(size) for size, _ in trained_vocabularies]
+    ratios = [ratio for _, ratio in trained_vocabularies]
     size = math.log(recipe.tokenizer_vocab_size)
     # Straight lines over log(size), the outer ones prolonged.
     right = min(max(bisect.bisect(sizes, size), 1), len(sizes) - 1)
@@ -85,14 +87,17 @@ def cut_statistics(
     train_documents: Sequence[int],
     num_test_documents: int,
     token_lengths: TokenLengths,
+    trained_vocabularies: Sequence[tuple[int, float]] = DATASETS["imdb"].trained_vocabularies,
     source: str,
 ) -> DataStatistics:
     """What the recipe's validation split, limits and truncation leave of a data set.
 
     Args:
         train_documents: of each class, before the validation split is cut.
-        token_lengths: pairs of tokens in the recipe's vocabulary, without BOS and EOS, and the
-            documents that have about so many; any number of documents, only shares count.
+        token_lengths: pairs of GPT-2's tokens, without BOS and EOS, and the documents that have
+            about so many; any number of documents, only shares count.
+        trained_vocabularies: as in `DatasetSpec`, read where the recipe trains a tokenizer; by
+            default that of IMDB's English.
 
     >>> small = cut_statistics(TrainRecipe(max_length=10), train_documents=[60, 40],
     ...     num_test_documents=0, token_lengths=((4, 1), (98, 1)), source="")
@@ -106,9 +111,10 @@ def cut_statistics(
     held_out = [min(max(round(wanted * count / total), 1), count - 1) for count in train_documents]
     limit = recipe.train_documents_per_class or total
     kept = [min(count - out, limit) for count, out in zip(train_documents, held_out, strict=True)]
+    ratio, vocabulary = _tokens_per_gpt2_token(recipe, trained_vocabularies)
     cut = Counter[int]()
     for n, count in token_lengths:
-        cut[min(n, recipe.max_length - 2) + 1] += count
+        cut[min(max(1, round(n * ratio)), recipe.max_length - 2) + 1] += count
     predicted = tuple(cut.items())
     documents = sum(count for _, count in predicted)
     tokens = sum(n * count for n, count in predicted)
@@ -120,7 +126,7 @@ def cut_statistics(
         mean_tokens=tokens / documents,
         mean_context_tokens=sum(n * n * count for n, count in predicted) / tokens,
         longest_tokens=max(n for n, _ in predicted) + 1,
-        source=source,
+        source=f"{source}{vocabulary}",
         lengths=predicted,
     )
 
