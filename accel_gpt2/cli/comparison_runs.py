@@ -14,6 +14,7 @@ from accel_gpt2.classify.lock import LOCK_FILE, OWNER_FILE
 from accel_gpt2.cli.hardware import DetectedHardware, detect_hardware
 from accel_gpt2.cli.options import TrainOptions
 from accel_gpt2.cli.output import warn
+from accel_gpt2.cli.planning import kept_choices
 from accel_gpt2.cli.run_directory import (
     check_run_directory,
     default_run_directory,
@@ -136,6 +137,9 @@ def prepare_comparison(
     # By its name, so that what there is to say about this machine is said once and not every time.
     # What arm 3 needs to fit holds for all arms, or they would differ in more than their names say.
     alike = {key: getattr(recipe, key) for key in ("mixed_precision", "optimizer")}
+    for run in planned:  # and what a comparison was begun with is what it goes on with
+        for kept in kept_choices(directory / run.directory, asked.profile, resume="auto"):
+            alike = {key: kept.values[key] for key in alike}
     machine = Layer(origin="--profile", values={"profile": asked.profile.name, **alike})
     shared = dataclasses.replace(options, layers=(*options.layers, machine))
     prepare = functools.partial(

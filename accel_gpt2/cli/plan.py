@@ -11,7 +11,7 @@ from accel_gpt2.cli.hardware import DetectedHardware, detect_hardware, planned_p
 from accel_gpt2.cli.options import JsonOption, TrainOptions, typed_words
 from accel_gpt2.cli.output import print_json
 from accel_gpt2.cli.plan_output import explain, plan_document, show_plan, show_table
-from accel_gpt2.cli.planning import does_not_fit, kept_choices, plan_here
+from accel_gpt2.cli.planning import does_not_fit, kept_choices, measured_here, plan_here
 from accel_gpt2.cli.run_directory import default_run_directory
 from accel_gpt2.cli.train import given_layers
 from accel_gpt2.durable import write_bytes
@@ -61,8 +61,7 @@ def plan(
         if unused or options.layers:
             names = ", ".join([*unused, *(layer.origin for layer in options.layers)])
             raise UsageError(f"--table prints one table for everything; leave out {names}.")
-        rows = requirements_table()
-        show_table(rows, json=json)
+        show_table(requirements_table(calibration=measured_here()), json=json)
         return
     made = make_plan(options, prefer=prefer)
     if explain_ is not None:

@@ -5,17 +5,18 @@ import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from accel_gpt2.catalog.profiles import PROFILES
 from accel_gpt2.cli.hardware import describe_profile
 from accel_gpt2.cli.output import print_json, print_line, print_table
 from accel_gpt2.errors import UsageError, nearest
 from accel_gpt2.plan.candidates import CHOICES
 from accel_gpt2.plan.memory import ByteRange, MemoryTerm
-from accel_gpt2.plan.placement import PLACEMENTS, num_models
+from accel_gpt2.plan.placement import PLACEMENTS, models_per_gpu, num_models
 from accel_gpt2.plan.search import Option, Rejected, RunPlan, memory_parts
 from accel_gpt2.plan.table import TableRow, crossed_cells
 from accel_gpt2.plan.throughput import TimePlan, TimeTerm
 from accel_gpt2.terminal import printable
-from accel_gpt2.units import format_bytes, format_count, format_seconds
+from accel_gpt2.units import GIB, format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -96,6 +97,12 @@ def _facts(plan: RunPlan, option: Option) -> list[tuple[str, str]]:
     if needs:
         facts.append(("besides", ", ".join(needs)))
     facts.append(("time", _time(plan, option)))
+    if option.time is not None:
+        facts.append(("basis", option.time.source))
+    facts += [
+        ("", f"{quantity.replace('_', ' ')}: {x.ratio:.2f} x what the formula says, {x.source}")
+        for quantity, x in plan.residuals.items()
+    ]
     if option.cost_usd is not None:
         price = recipe.price_usd_per_hour
         facts.append(("cost", f"${option.cost_usd:.2f}, at ${price:g} an hour"))
@@ -226,6 +233,7 @@ def plan_document(plan: RunPlan, *, command: str, everything: bool) -> dict[str,
         "profile": plan.profile.name,
         "data": None if plan.data is None else dataclasses.asdict(plan.data),
         "prefer": plan.prefer,
+        "residuals": {name: dataclasses.asdict(x) for name, x in plan.residuals.items()},
         "command": command if plan.recommended is not None else None,
         "alternatives": [_rejected_document(x) for x in plan.alternatives],
         "predicted": [_rejected_document(x) for x in plan.predicted],
@@ -320,53 +328,79 @@ def show_table(rows: Sequence[TableRow], *, json: bool) -> None:
             }
         )
         return
-    for model in dict.fromkeys(row.model for row in rows):
-        _print(f"\n{model}", style="bold")
+    for model, dataset in dict.fromkeys((row.model, row.dataset) for row in rows):
+        shown = [row for row in rows if (row.model, row.dataset) == (model, dataset)]
+        _print(f"\n{model} on {dataset}, {shown[0].num_classes} classes", style="bold")
         print_table(
             {
                 "machine": "left",
-                "data": "left",
-                "one class at a time": "left",
+                "one by one": "left",
+                "GiB": "right",
                 "one": "right",
                 "all": "right",
-                "all at once": "left",
-                "in": "right",
+                "at once": "left",
+                " GiB": "right",
+                " all": "right",
             },
-            [_table_cells(row) for row in rows if row.model == model],
+            [_table_cells(row) for row in shown],
         )
-    _print(
-        "\n✗: the requirements said that it does not fit. In parallel is predicted; this version "
-        "trains one class after another.\n"
-    )
+    _print(_TABLE_LEGEND)
     for cross, option in crosses:
         _print(f"On 16 GB, {cross.title}: {_cross_sentence(option)}")
 
 
+_TABLE_LEGEND = """
+bf16: full fine-tuning with AdamW and fp32 weights under autocast. 8-bit: AdamW's states.
+ckpt: gradient checkpointing. xN: N models on each GPU at once (predicted, as all at once is; this
+version trains one class after another). ~: tight, with the most that it may need. ✗: the
+requirements said that it does not fit; they gave no other figures.
+"""
+
+
 def _table_cells(row: TableRow) -> list[str]:
-    sequential, parallel = row.sequential, row.parallel
-    one = all_ = ""
-    if sequential is not None and sequential.seconds is not None:
-        seconds = sequential.seconds.expected
-        one, all_ = format_seconds(seconds / row.num_classes), format_seconds(seconds)
-    together = parallel.seconds if parallel is not None else None
+    one_by_one, at_once = row.sequential, row.parallel
+    seconds = None if one_by_one is None or one_by_one.seconds is None else one_by_one.seconds
+    together = None if at_once is None or at_once.seconds is None else at_once.seconds
     return [
         row.profile,
-        row.dataset,
-        _cell(sequential, crossed="one" in row.crossed),
-        one,
-        all_,
-        _cell(parallel, crossed="parallel" in row.crossed),
-        "" if together is None else format_seconds(together.expected),
+        _code(one_by_one, row, crossed="one" in row.crossed),
+        _gibibytes(one_by_one),
+        "" if seconds is None else _short_time(seconds.expected / row.num_classes),
+        "" if seconds is None else _short_time(seconds.expected),
+        _code(at_once, row, crossed="parallel" in row.crossed),
+        _gibibytes(at_once),
+        "" if together is None else _short_time(together.expected),
     ]
 
 
-def _cell(option: Option | None, *, crossed: bool) -> str:
+def _code(option: Option | None, row: TableRow, *, crossed: bool) -> str:
+    """A recipe in a narrow column."""
     mark = "✗ " if crossed else ""
     if option is None:
         return f"{mark}does not fit"
-    about = "up to " if option.verdict == "tight" else ""
-    size = option.device.high if option.verdict == "tight" else option.device.expected
-    return f"{mark}{option.label}: {about}{format_bytes(size)}"
+    recipe = option.recipe
+    words = [recipe.mixed_precision.replace("_", " ")]
+    if recipe.finetuning != "full":
+        words = [{"lora": "LoRA", "qlora": "QLoRA"}[recipe.finetuning]]
+    words += ["8-bit"] if recipe.optimizer == "adamw_8bit" else []
+    words += ["ckpt"] if recipe.gradient_checkpointing else []
+    num_gpus = PROFILES[row.profile].num_gpus
+    at_once = models_per_gpu(option.placement, num_models=row.num_classes, num_gpus=num_gpus)
+    words += [f"x{at_once}"] if at_once > 1 else []
+    words += ["on one base"] if option.placement == "shared-base" else []
+    return mark + " ".join(words)
+
+
+def _gibibytes(option: Option | None) -> str:
+    if option is None:
+        return ""
+    if option.verdict == "tight":
+        return f"~{option.device.high / GIB:.1f}"
+    return f"{option.device.expected / GIB:.1f}"
+
+
+def _short_time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds < 3570 else f"{seconds / 3600:.1f} h"
 
 
 def _cross_sentence(option: Option | None) -> str:

@@ -15,9 +15,9 @@ from accel_gpt2.catalog.strategies import ShardingStrategy
 from accel_gpt2.cli.hardware import describe_profile
 from accel_gpt2.cli.run_directory import RECIPE_FILE
 from accel_gpt2.data.cache import cache_directory
-from accel_gpt2.plan.calibration import CALIBRATION_FILE, read_records
+from accel_gpt2.plan.calibration import CALIBRATION_FILE, Calibration, read_records
 from accel_gpt2.plan.candidates import RESULT_CHOICES
-from accel_gpt2.plan.memory import ByteRange, MemoryPlan, covers, plan_memory
+from accel_gpt2.plan.memory import ByteRange, MemoryPlan, MemoryTerm, covers, plan_memory
 from accel_gpt2.plan.search import Preference, RunPlan, Scope, plan_run, shortage
 from accel_gpt2.recipe import Layer, TrainRecipe, read_layer, resolve
 
@@ -97,7 +97,6 @@ def plan_here(
     model = model_spec(recipe)
     if model is None:
         return None
-    measured = read_records(cache_directory() / CALIBRATION_FILE)
     if covers(recipe, model):
         return plan_run(
             layers,
@@ -106,7 +105,7 @@ def plan_here(
             prefer=prefer,
             scope=scope,
             exhaustive=scope != "trained",
-            calibration=measured,
+            calibration=measured_here(),
         )
     return plan_run(
         layers,
@@ -117,6 +116,11 @@ def plan_here(
         only_rounding=True,
         memory_of=cautious_memory,
     )
+
+
+def measured_here() -> Calibration:
+    """What trainings and benches on this machine measured before."""
+    return read_records(cache_directory() / CALIBRATION_FILE)
 
 
 def cautious_memory(
@@ -134,9 +138,24 @@ def cautious_memory(
     as_generative = dataclasses.replace(recipe, objective="generative")
     as_gpt2 = dataclasses.replace(model, model_type="gpt2")
     plan = plan_memory(as_generative, as_gpt2, profile, strategy, longest_tokens=longest_tokens)
-    low, expected, high = plan.device.low, plan.device.expected, plan.device.high
+    margin = MemoryTerm(
+        name="margin",
+        bytes=(factor - 1) * plan.allocated_bytes,
+        why=f"{factor} x a GPT-2 language model of this shape, because the formulas are of those.",
+    )
     return dataclasses.replace(
-        plan, device=ByteRange(low=low, expected=factor * expected, high=factor * high)
+        plan,
+        phases=tuple(
+            dataclasses.replace(phase, terms=(*phase.terms, margin)) for phase in plan.phases
+        ),
+        reserved=_raised(plan.reserved, margin.bytes),
+        device=_raised(plan.device, margin.bytes),
+    )
+
+
+def _raised(range_: ByteRange, num_bytes: int) -> ByteRange:
+    return ByteRange(
+        low=range_.low, expected=range_.expected + num_bytes, high=range_.high + num_bytes
     )
 
 

@@ -61,9 +61,21 @@ def pinned(layers: Sequence[Layer]) -> dict[str, object]:
     return {k: v for layer in layers for k, v in layer.values.items() if k in CHOICES}
 
 
+_PLAN_ORIGIN = "plan for "
+
+
 def plan_origin(profile: HardwareProfile) -> str:
     """Where a recipe value that the plan chose comes from."""
-    return f"plan for {profile.name}"
+    return f"{_PLAN_ORIGIN}{profile.name}"
+
+
+def is_planned(origin: str) -> bool:
+    """Whether a recipe value comes from a plan.
+
+    >>> is_planned("plan for t4"), is_planned("--optimizer")
+    (True, False)
+    """
+    return origin.startswith(_PLAN_ORIGIN)
 
 
 def faithful_order(

@@ -6,15 +6,15 @@ of the recipe, so that every machine trains the same model.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from accel_gpt2.catalog.models import MODELS, ModelSpec
 from accel_gpt2.catalog.profiles import PROFILES, HardwareProfile
 from accel_gpt2.catalog.strategies import ShardingStrategy
 from accel_gpt2.errors import UsageError
-from accel_gpt2.plan.calibration import Calibration
+from accel_gpt2.plan.calibration import Calibration, Quantity, Residual, calibrated_memory
 from accel_gpt2.plan.candidates import (
     CHOICES,
     cuts,
@@ -134,7 +134,8 @@ class RunPlan:
     `recommended` is None when nothing fits that this version trains; `nearest` then says what to
     change, if anything helps. `smallest` needs least of all that could be recommended. `rejected`
     are all candidates but the recommended one, best first. `data` is None where the data set has to
-    be read first.
+    be read first. `residuals` are what was measured on this device, over what is predicted for the
+    recommended option without it.
     """
 
     asked: ResolvedRecipe
@@ -146,6 +147,7 @@ class RunPlan:
     smallest: Option | None
     rejected: tuple[Rejected, ...]
     nearest: NearestChange | None
+    residuals: Mapping[Quantity, Residual]
 
     @property
     def alternatives(self) -> tuple[Rejected, ...]:
@@ -311,7 +313,24 @@ def plan_run(
         smallest=min(possible, key=lambda x: x.device.expected, default=None),
         rejected=(*(_rejected(x, best, situation) for x in others), *refused),
         nearest=None if best is not None else _nearest_change(layers, situation),
+        residuals={} if best is None else _residuals(best, situation),
     )
+
+
+def _residuals(option: Option, situation: _Situation) -> dict[Quantity, Residual]:
+    if situation.calibration is None:
+        return {}
+    found = {
+        quantity: situation.calibration.residual(
+            quantity,
+            gpu=situation.profile.gpu,
+            strategy=option.strategy.name,
+            recipe=option.recipe,
+            model=situation.model,
+        )
+        for quantity in get_args(Quantity)
+    }
+    return {quantity: residual for quantity, residual in found.items() if residual is not None}
 
 
 def _assumed_data(recipe: TrainRecipe) -> DataStatistics:
@@ -380,6 +399,15 @@ def _plans(
     memory = situation.memory_of(
         recipe, situation.model, situation.profile, strategy, longest_tokens=longest_tokens
     )
+    if situation.calibration is not None:
+        memory = calibrated_memory(
+            memory,
+            situation.calibration,
+            gpu=situation.profile.gpu,
+            strategy=strategy.name,
+            recipe=recipe,
+            model=situation.model,
+        )
     time = situation.time_of(
         recipe,
         situation.model,
