@@ -58,6 +58,13 @@ def settle_nf4(model: nn.Module, recipe: TrainRecipe) -> None:
             # The backward pass would make fp32 weights and round those to the compute dtype, which
             # the forward pass has at once: 4 bytes more a weight of the layer, and their traffic.
             module.weight.quant_state.dtype = _COMPUTE_DTYPES[recipe.mixed_precision]
+            # It computes in that dtype and answers in its input's, which behind a LayerNorm under
+            # autocast is fp32: GELU would keep twice what it keeps over a plain linear layer.
+            module.register_forward_pre_hook(_in_compute_dtype)
+
+
+def _in_compute_dtype(layer: Any, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+    return inputs[0].to(layer.compute_dtype)
 
 
 def num_weights(parameter: nn.Parameter) -> int:

@@ -262,6 +262,36 @@ def test_other_objectives_train_on_a_base_in_4_bits(
         assert any("lora" not in name for name in model.trainable_state())
 
 
+def _saved_bytes(model: Any) -> int:
+    """What autograd keeps of a forward pass under bf16 autocast, parameters left out."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    device = next(model.parameters()).device
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast(device.type, dtype=torch.bfloat16),
+    ):
+        _loss(model)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_under_autocast_it_keeps_what_lora_keeps_less_the_copies_of_weights(gpt2: Path) -> None:
+    """Activations are bf16 as over plain layers, and no bf16 copy of a frozen weight lives on."""
+    quantized, plain = (
+        _saved_bytes(_build(_recipe(gpt2, finetuning=kind, mixed_precision="bf16")).train())
+        for kind in ("qlora", "lora")
+    )
+    # Two blocks of twelve squares, but for the first c_attn: nothing below it wants a gradient.
+    assert plain - quantized == 2 * (2 * 12 - 3) * 64**2
+
+
 def test_a_model_can_be_moved_and_copied(gpt2: Path) -> None:
     """What Accelerate and a scorer do with any model leaves the quantised weights whole."""
     model = _build(_recipe(gpt2)).eval()
