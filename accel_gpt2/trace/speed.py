@@ -1,7 +1,7 @@
 """The recipe's own step on this machine, for a minute: neither its data nor its weights are needed.
 
-Documents are drawn with the data set's mean length and spread, and weights with the seed; speed and
-memory depend on nothing else.
+Documents are drawn with the data set's lengths, and weights with the seed; speed and memory depend
+on nothing else.
 """
 
 import dataclasses
@@ -33,6 +33,8 @@ from accel_gpt2.train.throughput import StepTimer, peak_memory_bytes
 _WARM_UP_STEPS = 3  # as many as `StepTimer` leaves out
 _FEWEST_STEPS = 5  # timed, however long they take
 _SMALLEST_BATCH_TOKENS = 256
+_POOL_BATCHES = 64  # data.batching's
+_MOST_DOCUMENTS = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,18 +116,18 @@ def measure_speed(
 
 
 def draw_lengths(data: DataStatistics, recipe: TrainRecipe, steps: int) -> NDArray[np.int64]:
-    """Lengths in tokens, BOS and EOS included, of enough documents for `steps` steps.
-
-    Gamma-distributed, with the data set's mean and second moment, the longest one among them.
-    """
-    mean = data.mean_tokens
-    variance = max(mean * (data.mean_context_tokens - mean), 1e-6)
-    per_batch = recipe.global_batch_size or max(1.0, (recipe.global_batch_tokens or 1) / mean)
-    count = int(min(max(64 * per_batch, steps * per_batch), 100_000)) + 1
-    drawn = np.random.default_rng(recipe.seed).gamma(mean**2 / variance, variance / mean, count)
-    lengths = np.clip(np.rint(drawn), 1, data.longest_tokens - 1).astype(np.int64) + 1
-    lengths[0] = data.longest_tokens
-    return lengths
+    """Lengths in tokens, BOS and EOS included, of enough documents for `steps` steps; the data
+    set's longest one is among them."""
+    tokens, counts = zip(*(data.lengths or ((round(data.mean_tokens), 1),)), strict=True)
+    per_batch = recipe.global_batch_size or (recipe.global_batch_tokens or 1) / data.mean_tokens
+    # As many batches as are sorted by length together, so that padding is as usual.
+    needed = max(_POOL_BATCHES, steps) * max(1.0, per_batch)
+    shares = np.array(counts) / sum(counts)
+    drawn = np.random.default_rng(recipe.seed).choice(
+        tokens, size=int(min(needed, _MOST_DOCUMENTS)) + 1, p=shares
+    )
+    drawn[0] = data.longest_tokens - 1
+    return drawn.astype(np.int64) + 1
 
 
 def _short(

@@ -25,7 +25,7 @@ from accel_gpt2.plan.throughput import cold_tokens_per_second
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.causal import LanguageModel
 from accel_gpt2.train.objective import TrainedModel
-from accel_gpt2.train.run_log import append_json_line
+from accel_gpt2.train.run_log import append_json_line, cut_unfinished_line
 from accel_gpt2.train.throughput import StepTimer
 
 # Fewer steps than this are mostly noise.
@@ -179,6 +179,7 @@ def append_record(record: CalibrationRecord) -> Path:
     """
     path = cache_directory() / CALIBRATION_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
+    cut_unfinished_line(path)
     append_json_line(path, dataclasses.asdict(record))
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     if len(lines) > _MOST_RECORDS:
