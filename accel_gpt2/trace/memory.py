@@ -34,9 +34,9 @@ PHASES = (
 class TraceRequest:
     """One training step to trace.
 
-    A micro batch holds as many documents of `longest_tokens` (BOS and EOS included) as the recipe's
-    `micro_batch_tokens` allow, and at least one. `num_micro_batches` make a step: with two or more
-    there are gradients already while the next one goes through.
+    A micro batch holds as many documents of `longest_tokens` (BOS and EOS included) as
+    `micro_batch_tokens` (None: the recipe's) allow, and at least one. `num_micro_batches` make a
+    step: with two or more there are gradients already while the next one goes through.
 
     `num_classes` are those of a classification head or a hybrid. `n_layer` and `vocab_size` replace
     the model's own. `stock_loss` is transformers' own loss under accelerate in place of ours.
@@ -46,6 +46,7 @@ class TraceRequest:
 
     recipe: TrainRecipe
     longest_tokens: int
+    micro_batch_tokens: int | None = None
     num_micro_batches: int = 1
     num_classes: int = 2
     n_layer: int | None = None
@@ -137,8 +138,13 @@ _UNRELATED = (
 def _normalized(request: TraceRequest) -> TraceRequest:
     defaults = TrainRecipe()
     same = {name: getattr(defaults, name) for name in _UNRELATED}
-    recipe = dataclasses.replace(request.recipe, **same, max_length=request.longest_tokens)
-    return dataclasses.replace(request, recipe=recipe)
+    recipe = dataclasses.replace(
+        request.recipe,
+        **same,
+        max_length=request.longest_tokens,
+        micro_batch_tokens=request.micro_batch_tokens or request.recipe.micro_batch_tokens,
+    )
+    return dataclasses.replace(request, recipe=recipe, micro_batch_tokens=None)
 
 
 def _key(request: TraceRequest) -> str:

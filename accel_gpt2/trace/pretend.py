@@ -46,9 +46,29 @@ def register() -> torch.device:
     backend_registration._setup_privateuseone_for_python_backend(
         rename=NAME, backend_module=_Module()
     )
+    _register_copies()
     _register_autocast()
     torch.nn.functional.scaled_dot_product_attention = _attention
     return torch.device(NAME, 0)
+
+
+_Library: Any = torch.library.Library
+
+# Registrations end with the object that made them.
+_libraries: list[Any] = []
+
+
+def _register_copies() -> None:
+    """What torch makes itself, without asking fake mode, such as the index of `x[[0, -1]]`."""
+    aten = _Library("aten", "IMPL")
+    _libraries.append(aten)
+    aten.impl("empty_strided", _empty, "PrivateUse1")
+    aten.impl("_copy_from", lambda source, target, non_blocking=False: target, "PrivateUse1")
+
+
+def _empty(size: list[int], stride: list[int], *, dtype: torch.dtype, **_: object) -> Tensor:
+    made: Tensor = torch._C._acc.create_empty_tensor(tuple(size), dtype)
+    return made
 
 
 # aten/src/ATen/autocast_mode.h: AT_FORALL_LOWER_PRECISION_FP, AT_FORALL_FP32 and
@@ -66,11 +86,6 @@ _FP32 = (
 _FP32_BY_OPTION = (
     "softmax.int", "log_softmax.int", "sum", "sum.dim_IntList", "cumsum", "cumprod", "prod",
 )  # fmt: skip
-
-_Library: Any = torch.library.Library
-
-# Registrations end with the object that made them.
-_libraries: list[Any] = []
 
 # As at::autocast's: the 16-bit copy of each parameter, until the outermost autocast ends.
 _copies: dict[int, tuple[Tensor, Tensor]] = {}

@@ -1,10 +1,11 @@
 """Trace one training step: in a process of its own, because the pretend device changes torch."""
 
+import copy
 import dataclasses
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
 from transformers.utils import import_utils
 
+from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.trace import pretend
 from accel_gpt2.trace.memory import TracedMemory, TraceRequest
 from accel_gpt2.trace.step import StockLoss, autocast, training_step
@@ -61,7 +63,7 @@ def trace(request: TraceRequest) -> TracedMemory:
     """
     config = _config(request)
     n_layer: int = config.num_hidden_layers
-    if request.whole or n_layer <= _FOUR:
+    if request.whole or n_layer <= _FOUR or not _blocks_are_alike(config):
         found = _trace_at_depth(request, config, n_layer)
     else:
         three, four = (_trace_at_depth(request, config, n) for n in (_THREE, _FOUR))
@@ -98,10 +100,15 @@ def _extrapolated(three: _Trace, four: _Trace, n_layer: int) -> _Trace:
     return _Trace(peaks=peaks, sizes=sizes)
 
 
+def _blocks_are_alike(config: Any) -> bool:
+    kinds = [getattr(config, name, None) for name in ("layer_types", "attention_layers")]
+    return all(each is None or len(set(each)) == 1 for each in kinds)
+
+
 def _config(request: TraceRequest) -> Any:
     config = fresh_config(request.recipe, pad_token_id=_pad_token_id(request))
-    if request.vocab_size is not None:
-        config.vocab_size = request.vocab_size
+    row = MODELS.get(request.recipe.model)
+    config.vocab_size = request.vocab_size or (row or config).vocab_size
     if request.n_layer is not None:
         config.num_hidden_layers = request.n_layer
     return config
@@ -112,7 +119,10 @@ def _pad_token_id(request: TraceRequest) -> int | None:
 
 
 def _trace_at_depth(request: TraceRequest, config: Any, n_layer: int) -> _Trace:
+    config = copy.deepcopy(config)
     config.num_hidden_layers = n_layer
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[:n_layer]
     device = pretend.register()
     if request.device == "cpu":
         device = torch.device("cpu")
@@ -120,9 +130,8 @@ def _trace_at_depth(request: TraceRequest, config: Any, n_layer: int) -> _Trace:
     rounding_bytes = _ROUNDING_BYTES[request.device]
     with FakeTensorMode(allow_non_fake_inputs=True):
         with MemoryTracker(device.type, rounding_bytes):  # it answers for tensors without contents
-            model = _build(request, config)
-        tracker = MemoryTracker(device.type, rounding_bytes)
-        return _run(request, model.to(device), tracker, device)
+            model = _build(request, config).to(device)
+        return _run(request, model, MemoryTracker(device.type, rounding_bytes), device)
 
 
 def _build(request: TraceRequest, config: Any) -> TrainedModel:
@@ -267,10 +276,12 @@ def _blocks(model: Any) -> nn.ModuleList:
 
 
 def _documents(request: TraceRequest) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
-    """A full micro batch."""
+    """A full micro batch. Its last document is a token shorter, as there always is one: so an
+    encoder needs its mask."""
     length = request.longest_tokens
     count = max(1, request.recipe.micro_batch_tokens // (length - 1))
-    return [np.full(length, 3) for _ in range(count)], np.zeros(count, dtype=np.int64)
+    lengths = [length] * (count - 1) + [length - (count > 1)]
+    return [np.full(each, 3) for each in lengths], np.zeros(count, dtype=np.int64)
 
 
 def _sizes(
@@ -290,11 +301,19 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
 
 
+class _Generator(torch.Generator):
+    """The pretend device has no generator of its own, and fake random numbers need none."""
+
+    def __new__(cls, device: object = None) -> Self:
+        return super().__new__(cls, "cpu")  # type: ignore[call-arg]
+
+
 def _let_fake_tensors_pass() -> None:
     """Have libraries treat fake tensors as they treat real ones."""
     # transformers takes the branches of torch.compile for them.
     import_utils.is_fake_tensor = lambda tensor: False
     nn.Module._apply = _apply  # type: ignore[method-assign]
+    torch.Generator = _Generator  # type: ignore[misc]
 
 
 def _apply(self: nn.Module, function: Any, recurse: bool = True) -> nn.Module:

@@ -2,7 +2,7 @@
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,24 @@ _INDEXING = {
     _aten.index_put_.default,
     _aten._index_put_impl_.default,
 }
+
+
+def _logsumexp_bytes(logits: Tensor, *_: object) -> int:
+    """aten/src/ATen/native/ReduceOps.cpp, logsumexp_out_impl: exp(logits - maxima)."""
+    return logits.numel() * logits.itemsize
+
+
+def _flash_backward_bytes(_: Tensor, query: Tensor, *__: object) -> int:
+    """flash_attn/flash_api.cpp, mha_bwd: dq_accum and softmax_d in fp32, padded."""
+    documents, heads, tokens, head_size = query.shape
+    padded_tokens, padded_size = -(-tokens // 128) * 128, -(-head_size // 32) * 32
+    return documents * heads * padded_tokens * (padded_size + 1) * 4
+
+
+_WORKSPACES: dict[Any, Callable[..., int]] = {
+    _aten.logsumexp.default: _logsumexp_bytes,
+    _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward_bytes,
+}
 _COMPARING = {_aten.allclose.default, _aten.equal.default}
 
 
@@ -29,7 +47,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     A storage counts from the operation that returns it until nothing refers to it any more, which
     is when torch's allocators take it back. What an operation allocates and frees within itself
-    does not pass by here.
+    does not pass by here: `_WORKSPACES` has what is large.
 
     Fake tensors have no contents. Where Python branches on a number it is told 1, which is true,
     and a mask marks everything, unless `know_mask` has said what it holds.
@@ -89,18 +107,21 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return True
         if func is _aten.nonzero.default:
             return self._nonzero(args[0])
-        if func is _aten._to_copy.default:
-            args = [_without_contents(args[0]), *args[1:]]
+        if func is _aten._to_copy.default and not isinstance(args[0], FakeTensor):
+            args = [torch.empty_like(args[0]), *args[1:]]
         if func in _INDEXING:
             args = [args[0], self._without_masks(args[1]), *args[2:]]
         result = func(*args, **kwargs)
+        if (workspace := _WORKSPACES.get(func)) is not None:
+            self._note_peak(workspace(*args))
         if func is _aten.all.default and args[0].untyped_storage() in self._masks:
             contents = self._masks[args[0].untyped_storage()]
             self._masks[result.untyped_storage()] = np.asarray(contents.all())
         if func is _aten.add.Tensor and _sums_gradients(*args[:2]):
             self._free(self._tokens.get(args[0].untyped_storage()))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, FakeTensor):
+                leaf.constant = None  # or small tensors would compute, on a device that cannot
                 self.count(leaf)
         self._note_peak()
         return result
@@ -108,8 +129,9 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _free(self, token: int | None) -> None:
         self.current_bytes -= self._alive.pop(token, 0)  # type: ignore[arg-type]
 
-    def _note_peak(self) -> None:
-        self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), self.current_bytes)
+    def _note_peak(self, workspace_bytes: int = 0) -> None:
+        peak = self.current_bytes + workspace_bytes
+        self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), peak)
 
     def _scalar(self, tensor: Tensor) -> bool | int | float:
         contents = self._masks.get(tensor.untyped_storage())
@@ -134,14 +156,6 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             else:
                 found.append(index)
         return found
-
-
-def _without_contents(tensor: Tensor) -> Tensor:
-    """Fake tensors of one number keep it, and would compute with it on the device."""
-    if not isinstance(tensor, FakeTensor):
-        return torch.empty_like(tensor)
-    tensor.constant = None
-    return tensor
 
 
 def _sums_gradients(into: object, other: object) -> bool:

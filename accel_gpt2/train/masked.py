@@ -164,11 +164,11 @@ class MaskedLanguageModel(TransformersModel):
                 device=device,
             )
             where = torch.tensor(rows, device=device)
-            totals.index_add_(
-                0,
-                where.repeat_interleave(counts),
-                found.double() * weights.repeat_interleave(counts),
+            # The size is known here; asked for it, the device would have to finish first.
+            rows_of, weights_of = (
+                x.repeat_interleave(counts, output_size=len(found)) for x in (where, weights)
             )
+            totals.index_add_(0, rows_of, found.double() * weights_of)
         return totals
 
     @torch.no_grad()
