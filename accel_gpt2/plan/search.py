@@ -263,8 +263,9 @@ def plan_run(
     """The recommended recipe for what was given on a machine, and why not another one.
 
     Faithful training comes first: full fine-tuning with fp32 weights and AdamW, then 8-bit states,
-    then pure bf16, then LoRA, then QLoRA. Within a level the fastest that fits wins; one that is
-    tight only where nothing in the level fits, and then the smallest.
+    then pure bf16, then LoRA, then QLoRA. Within a level the fastest that fits wins, and of those
+    that are alike to 1% the one that leaves more memory free; one that is tight wins only where
+    nothing in the level fits, and then the smallest.
 
     Args:
         layers: what was given; all of it is kept.
@@ -468,7 +469,25 @@ def _lacks_host_memory(memory: MemoryPlan, profile: HardwareProfile) -> bool:
 def _best(options: Sequence[Option], situation: _Situation) -> Option | None:
     anything = situation.scope == "recommend predicted"
     possible = [x for x in options if (anything or x.trained) and x.verdict != "does not fit"]
-    return min(possible, key=functools.partial(_rank, prefer=situation.prefer), default=None)
+    best = min(possible, key=functools.partial(_rank, prefer=situation.prefer), default=None)
+    if best is None or best.verdict == "tight" or situation.prefer == "memory":
+        return best
+    # What is as fast as can be told leaves memory free, by steps of a twentieth of what there is.
+    alike = [
+        x
+        for x in possible
+        if x.group == best.group
+        and x.verdict == "fits"
+        and _slowness(x)[0] <= _SAME_SECONDS * _slowness(best)[0]
+    ]
+    step = max(1, (best.memory.usable_bytes or 0) // 20)
+    return min(
+        alike,
+        key=lambda x: (x.device.expected // step, *_slowness(x)[1:]),
+    )
+
+
+_SAME_SECONDS = 1.01  # a plan of the time cannot tell less apart
 
 
 def _rank(option: Option, prefer: Preference) -> tuple[float, ...]:
@@ -534,8 +553,8 @@ def _slower(option: Option, best: Option) -> str:
         return "is slower"
     seconds = option.time.total.expected * option.time_share
     fastest = best.time.total.expected * best.time_share
-    if seconds <= fastest:
-        return "is not faster"
+    if seconds <= _SAME_SECONDS * fastest:
+        return "is not faster by more than 1%"
     if option.seconds is None or best.seconds is None:
         return f"is {seconds / fastest:.2f} times slower"
     return f"takes {format_seconds(seconds)}, against {format_seconds(fastest)}"

@@ -8,10 +8,12 @@ import pytest
 from accel_gpt2.catalog.profiles import PROFILES
 from accel_gpt2.cli.hardware import (
     DetectedGpu,
+    _container_memory_bytes,
     check_profile,
     choose_profile,
     detect_hardware,
     parse_nvidia_smi,
+    planned_profile,
     profile_for,
 )
 from accel_gpt2.errors import DoesNotFitError, UsageError
@@ -228,3 +230,26 @@ def test_a_slow_or_impossible_precision_is_said_before_the_training() -> None:
         assert f"is {precision}: T4 16 GB only emulates bf16" in warning
     with pytest.raises(DoesNotFitError, match=r"'fp16' needs a GPU.*--mixed-precision no"):
         check_profile("cpu", PROFILES["cpu"], machine(), "fp16")
+
+
+@pytest.mark.parametrize(
+    ("content", "limit"), [("2147483648\n", 2 * GIB), ("max\n", float("inf")), ("?", float("inf"))]
+)
+def test_a_container_has_no_more_memory_than_its_limit(
+    tmp_path: Path, content: str, limit: float
+) -> None:
+    """The kernel kills what takes more; a machine without a limit has a file that says so."""
+    file = tmp_path / "memory.max"
+    file.write_text(content, "ascii")
+    assert _container_memory_bytes(file) == limit
+    assert _container_memory_bytes(tmp_path / "none") == float("inf")
+
+
+def test_a_plan_is_for_the_named_machine_and_not_for_this_one() -> None:
+    """A laptop plans for an A100; `auto` and `cpu` are this machine with its own memory."""
+    assert planned_profile("a100-80", machine) is PROFILES["a100-80"]
+    here = planned_profile("cpu", lambda: machine(SUPER, host_gib=7))
+    assert (here.gpu, here.host_memory_bytes) == (None, 7 * GIB)
+    assert planned_profile("auto", lambda: machine(SUPER)).name == "rtx4070ti"
+    with pytest.raises(UsageError, match=r"no profile 'rtx4070'\. Did you mean 'rtx4070ti'\?"):
+        planned_profile("rtx4070", machine)
