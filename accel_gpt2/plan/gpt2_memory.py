@@ -49,6 +49,24 @@ _ADAPTER_TRANSIENTS = {
     (2, True, True, True): (60, 48),
 }
 
+# The same on an NF4 base: forward, backward; and while a matrix is dequantised, which is more where
+# a micro batch is small, besides the 4 d^2 weights of it: forward, backward. Read off traces in
+# which a module that allocates what bitsandbytes' Linear4bit does stood for it.
+_NF4_TRANSIENTS = {
+    (4, False, False, False): (36, 32, 8, 16),
+    (4, False, False, True): (40, 20, 8, 16),
+    (4, False, True, False): (76, 36, 32, 16),
+    (4, False, True, True): (76, 36, 32, 16),
+    (2, False, False, False): (18, 16, 4, 8),
+    (2, False, False, True): (20, 10, 4, 8),
+    (2, False, True, False): (38, 18, 16, 8),
+    (2, False, True, True): (38, 18, 16, 8),
+    (2, True, False, False): (44, 32, 24, 18),
+    (2, True, False, True): (54, 28, 24, 18),
+    (2, True, True, False): (68, 42, 39, 26),
+    (2, True, True, True): (68, 52, 39, 26),
+}
+
 Shapes = tuple[tuple[tuple[int, ...], int], ...]
 
 
@@ -344,8 +362,11 @@ class Gpt2Step:
         """What adapters keep besides: attention's output as they take it, and dropout's masks."""
         extra = 0.0
         drops = self.recipe.lora_dropout > 0
-        if "attn.c_proj" in self.adapted and (self.autocast or drops):
+        quantized = self.recipe.finetuning == "qlora"
+        if "attn.c_proj" in self.adapted and (drops or (self.autocast and not quantized)):
             extra += self.compute
+        if quantized and self.autocast:
+            extra += 4 * (4 - self.compute)  # Linear4bit gives what type it was given: GELU's fp32
         if drops:
             extra += sum(PROJECTIONS[path][0] for path in self.adapted)
         return extra
@@ -378,11 +399,12 @@ class Gpt2Step:
     @property
     def weight_copies(self) -> float:
         """16-bit copies of one block's weights, which its backward pass needs."""
-        if self.recipe.finetuning == "qlora":
-            return 0.0  # made anew for every product
         if not self.autocast:
             return 0.0
-        return 2.0 * (self.block_matrices + self.num_adapter_parameters / self.model.n_layer)
+        adapters = self.num_adapter_parameters / self.model.n_layer
+        # NF4 weights are dequantised anew for every product.
+        matrices = 0 if self.recipe.finetuning == "qlora" else self.block_matrices
+        return 2.0 * (matrices + adapters)
 
     @property
     def embedding_bytes(self) -> float:
@@ -424,7 +446,7 @@ class Gpt2Step:
 
     def _copies(self, blocks: int) -> MemoryTerm:
         # The first block's frozen c_attn has nothing below it that needs a gradient.
-        unneeded = 0 if self.full else 2 * 3 * self.model.n_embd**2
+        unneeded = 2 * 3 * self.model.n_embd**2 if self.recipe.finetuning == "lora" else 0
         return _term(
             "16-bit copies of weights",
             blocks * self.weight_copies - unneeded,
@@ -500,20 +522,19 @@ class Gpt2Step:
             *self._outputs(),
             _term(
                 "forward of a block",
-                self._forward_per_token * self.nd + self.length * self.model.n_embd * self.weight,
+                self._forward_transient + self.length * self.model.n_embd * self.weight,
                 "what the last block has in hand, and the embeddings",
             ),
         ]
 
     @property
-    def _forward_per_token(self) -> float:
+    def _forward_transient(self) -> float:
         # Read off traces. Without checkpointing all but the sum of the residual is saved anyway.
         if not self.full:
-            forward, _ = self._adapter_transients
-            return forward - (0 if self.recipe.gradient_checkpointing else self._drop)
+            return self._adapter_transients(self._drop)[0]
         if self.recipe.gradient_checkpointing:
-            return {4: 48, 2: 30 if self.autocast else 24}[self.compute]
-        return 3 * self.stream
+            return {4: 48, 2: 30 if self.autocast else 24}[self.compute] * self.nd
+        return 3 * self.stream * self.nd
 
     def _loss(self) -> list[MemoryTerm]:
         chunk = self._stock_logits() if self.stock_loss else self._chunk()
@@ -643,38 +664,54 @@ class Gpt2Step:
     def _backward_transient(self) -> MemoryTerm:
         e, drop = self.compute, self._drop
         if not self.full:
-            _, backward = self._adapter_transients
-            # Autocast's peak is in the recomputation, where the mask is made, not used.
-            recomputing = self.recipe.gradient_checkpointing and self.autocast
-            per_token, matrices = backward + (drop if recomputing else -drop), 0.0
-        elif self.recipe.fused_gelu:
+            needed = self._adapter_transients(drop)[1]
+            return _term(
+                "backward of a block", needed, f"{needed / self.nd:.3g} bytes x {self.nd:,}"
+            )
+        if self.recipe.fused_gelu:
             # At the block's last product: the gradient that came, its copy (autocast's, or
             # dropout's), and that of GELU's output; the block's own output is gone.
-            copy = e if self.autocast or self.recipe.dropout > 0 else 0
-            per_token, matrices = copy + 4 * e - drop, 4.0 * e
+            copy = e if self.autocast or drop else 0
+            per_token = copy + 4 * e - drop
         else:
             # Read off traces: within gelu_new.
             per_token = {4: 32, 2: 48 if self.autocast else 16}[e] - drop
             if self.autocast and self.recipe.gradient_checkpointing:
                 per_token -= 8
-            matrices = 4.0 * e
-        needed = per_token * self.nd + matrices * self.model.n_embd**2
-        if self.recipe.gradient_checkpointing and self.full:
+        weights = 4 * e  # the gradient of that product's matrix
+        needed = per_token * self.nd + weights * self.model.n_embd**2
+        if self.recipe.gradient_checkpointing:
             # At the end of the recomputation: the gradient, the product, dropout's result, the sum.
             again = self.stream + e + self.stream + (e if drop else 0)
             needed = max(needed, again * self.nd)
         return _term(
             "backward of a block",
             needed,
-            f"{per_token:g} bytes x {self.nd:,} + {matrices:g} bytes x {self.model.n_embd**2:,}",
+            f"{per_token} bytes x {self.nd:,} + {weights} bytes x {self.model.n_embd**2:,}",
         )
 
-    @property
-    def _adapter_transients(self) -> tuple[int, int]:
+    def _adapter_transients(self, drop: int) -> tuple[float, float]:
+        """In the forward and the backward pass of a block, in bytes."""
         recipe = self.recipe
-        return _ADAPTER_TRANSIENTS[
-            self.compute, self.autocast, recipe.gradient_checkpointing, recipe.lora_dropout > 0
-        ]
+        key = self.compute, self.autocast, recipe.gradient_checkpointing, recipe.lora_dropout > 0
+        # Under checkpointing and autocast the peak is where a mask is made, otherwise where it has
+        # been used, or before.
+        kept = recipe.gradient_checkpointing
+        backward_drop = drop if kept and self.autocast else -drop
+        if recipe.finetuning == "lora":
+            forward, backward = _ADAPTER_TRANSIENTS[key]
+            return (
+                (forward - (0 if kept else drop)) * self.nd,
+                (backward + backward_drop) * self.nd,
+            )
+        forward, backward, forward_with_matrix, backward_with_matrix = _NF4_TRANSIENTS[key]
+        matrix = 4 * self.model.n_embd**2 * self.compute
+        return (
+            max(
+                (forward - (0 if kept else drop)) * self.nd, forward_with_matrix * self.nd + matrix
+            ),
+            max((backward + backward_drop) * self.nd, backward_with_matrix * self.nd + matrix),
+        )
 
     def _embedding(self) -> list[MemoryTerm]:
         sums = "the head's, and the embedding's to be added to it"

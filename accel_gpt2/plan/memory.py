@@ -65,10 +65,10 @@ def micro_batch(
         padded = float(recipe.global_batch_size * length)
     else:
         padded = max(_PADDING * (recipe.global_batch_tokens or 0), length)
-    if world_size > 1:
-        padded = padded / world_size + length  # whole documents are dealt out
-    tokens = max(length, min(recipe.micro_batch_tokens, round(padded)))
-    return tokens, padded > max(recipe.micro_batch_tokens, length)
+    # Each process's share: whole documents are dealt out.
+    share = padded if world_size == 1 else padded / world_size + length
+    tokens = share if padded <= recipe.micro_batch_tokens else recipe.micro_batch_tokens
+    return max(length, round(tokens)), share > max(recipe.micro_batch_tokens, length)
 
 
 def plan_memory(
