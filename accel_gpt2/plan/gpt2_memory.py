@@ -61,10 +61,10 @@ _NF4_TRANSIENTS = {
     (2, False, False, True): (20, 10, 4, 8),
     (2, False, True, False): (38, 18, 16, 8),
     (2, False, True, True): (38, 18, 16, 8),
-    (2, True, False, False): (44, 32, 24, 18),
-    (2, True, False, True): (54, 28, 24, 18),
-    (2, True, True, False): (68, 42, 39, 26),
-    (2, True, True, True): (68, 52, 39, 26),
+    (2, True, False, False): (24, 16, 8, 10),
+    (2, True, False, True): (22, 10, 8, 10),
+    (2, True, True, False): (44, 28, 23, 12),
+    (2, True, True, True): (44, 24, 23, 12),
 }
 
 Shapes = tuple[tuple[tuple[int, ...], int], ...]
@@ -365,8 +365,6 @@ class Gpt2Step:
         quantized = self.recipe.finetuning == "qlora"
         if "attn.c_proj" in self.adapted and (drops or (self.autocast and not quantized)):
             extra += self.compute
-        if quantized and self.autocast:
-            extra += 4 * (4 - self.compute)  # Linear4bit gives what type it was given: GELU's fp32
         if drops:
             extra += sum(PROJECTIONS[path][0] for path in self.adapted)
         return extra
@@ -455,15 +453,18 @@ class Gpt2Step:
 
     def forward_copies(self) -> list[MemoryTerm]:
         """Autocast's copies that live until the forward pass ends, saved or not."""
-        if not (self.autocast and self.full):
-            return []  # frozen weights are not remembered
-        biases = 2 * 9 * self.model.n_embd * self.model.n_layer
-        matrices = self.weight_copies if self.recipe.gradient_checkpointing else 0.0
+        if not self.autocast:
+            return []
+        biases = 2 * 9 * self.model.n_embd if self.full else 0
+        adapters = self.num_adapter_parameters / self.model.n_layer
+        # Frozen weights are not remembered; what is saved is not counted twice.
+        trained = 2 * (self.block_matrices if self.full else adapters)
+        remembered = trained if self.recipe.gradient_checkpointing else 0
         return [
             _term(
                 "autocast's cache",
-                biases + matrices * self.model.n_layer,
-                "16-bit copies that live until the forward pass ends",
+                (biases + remembered) * self.model.n_layer,
+                "16-bit copies of trained weights, until the forward pass ends",
             )
         ]
 
@@ -710,7 +711,7 @@ class Gpt2Step:
             max(
                 (forward - (0 if kept else drop)) * self.nd, forward_with_matrix * self.nd + matrix
             ),
-            max((backward + backward_drop) * self.nd, backward_with_matrix * self.nd + matrix),
+            max((backward - drop) * self.nd, backward_with_matrix * self.nd + matrix),
         )
 
     def _embedding(self) -> list[MemoryTerm]:
