@@ -18,6 +18,7 @@ import accel_gpt2
 from accel_gpt2.catalog.optimizers import OPTIMIZERS
 from accel_gpt2.classify.parts import Part
 from accel_gpt2.classify.prepare import PreparedData
+from accel_gpt2.plan.steps import num_saves
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.objective import TrainedModel
 from accel_gpt2.train.progress import TrainProgress
@@ -94,20 +95,6 @@ def describe_plan(
         "data_fingerprint": data.text.fingerprint,
         "data_treatments": [dataclasses.asdict(treatment) for treatment in data.text.treatments],
     }
-
-
-def num_saves(recipe: TrainRecipe, total_steps: int, steps_per_epoch: int) -> int:
-    """How many checkpoints one class writes when nothing stops it: at evaluations and in between.
-
-    >>> recipe = TrainRecipe(checkpoint_every_steps=40)
-    >>> num_saves(recipe, 300, 100)  # 40, 80, ..., 280 and the epochs' ends, 200 among both
-    9
-    """
-    evaluations = recipe.evaluate_every_steps or steps_per_epoch
-    saves = {*range(evaluations, total_steps, evaluations), total_steps}
-    if recipe.checkpoint_every_steps is not None:
-        saves.update(range(0, total_steps, recipe.checkpoint_every_steps))
-    return len(saves - {0})
 
 
 def _steps_per_epoch(recipe: TrainRecipe, total_steps: int, lengths: NDArray[Any]) -> int:

@@ -78,10 +78,15 @@ def num_evaluations(recipe: TrainRecipe, steps: StepPlan) -> int:
     return math.ceil(steps.num_steps / (recipe.evaluate_every_steps or steps.steps_per_epoch))
 
 
-def num_saves(recipe: TrainRecipe, steps: StepPlan) -> int:
-    """How many checkpoints one model writes when nothing stops it: at evaluations and between."""
-    evaluations = recipe.evaluate_every_steps or steps.steps_per_epoch
-    saves = {*range(evaluations, steps.num_steps, evaluations), steps.num_steps}
+def num_saves(recipe: TrainRecipe, total_steps: int, steps_per_epoch: int) -> int:
+    """How many checkpoints one model writes when nothing stops it: at evaluations and between.
+
+    >>> recipe = TrainRecipe(checkpoint_every_steps=40)
+    >>> num_saves(recipe, 300, 100)  # 40, 80, ..., 280 and the epochs' ends, 200 among both
+    9
+    """
+    evaluations = recipe.evaluate_every_steps or steps_per_epoch
+    saves = {*range(evaluations, total_steps, evaluations), total_steps}
     if recipe.checkpoint_every_steps is not None:
-        saves.update(range(0, steps.num_steps, recipe.checkpoint_every_steps))
+        saves.update(range(0, total_steps, recipe.checkpoint_every_steps))
     return len(saves - {0})

@@ -136,16 +136,17 @@ class Kernels:
     head_bytes: float
 
 
-# Counted kernel by kernel on fake tensors of transformers' GPT-2 with gelu_pytorch_tanh and no
-# dropout (benchmarks/kernel_bytes.py); of the chunked loss, by its own lines in train/loss.py.
+# Counted kernel by kernel on transformers' GPT-2 with gelu_pytorch_tanh and without dropout
+# (benchmarks/kernel_bytes.py), and what dropout and gelu_new, with its powers, add. Of the chunked
+# loss, by the lines of train/loss.py.
 _KERNELS = {
-    "no": Kernels(layer_bytes=192, head_bytes=24),
-    "fp16": Kernels(layer_bytes=172, head_bytes=36),
-    "bf16": Kernels(layer_bytes=172, head_bytes=36),
-    "pure_bf16": Kernels(layer_bytes=96, head_bytes=36),
+    "no": Kernels(layer_bytes=228, head_bytes=24),
+    "fp16": Kernels(layer_bytes=190, head_bytes=36),
+    "bf16": Kernels(layer_bytes=190, head_bytes=36),
+    "pure_bf16": Kernels(layer_bytes=114, head_bytes=36),
 }
-_DROPOUT_BYTES = {"no": 72, "fp16": 40, "bf16": 40, "pure_bf16": 40}
-_PLAIN_GELU_BYTES = {"no": 600, "fp16": 736, "bf16": 736, "pure_bf16": 300}  # gelu_new's powers
+_DROPOUT_BYTES = {"no": 80, "fp16": 40, "bf16": 40, "pure_bf16": 40}
+_PLAIN_GELU_BYTES = {"no": 656, "fp16": 736, "bf16": 736, "pure_bf16": 328}
 _FORWARD_SHARE = 1 / 3  # of the bytes
 
 # What a micro batch moves however few tokens it has, bytes per weight. Reads by the two products of
@@ -519,7 +520,7 @@ def _run_terms(
     scored = data.num_validation_documents * mean
     scoring_seconds = slower / world_size * _scoring_seconds(recipe, model, device, data)
     tests = 0 if recipe.objective == "unconditional" else data.num_test_documents
-    saves = num_saves(recipe, steps)
+    saves = num_saves(recipe, steps.num_steps, steps.steps_per_epoch)
     state = 4 + OPTIMIZERS[recipe.optimizer].state_bytes_per_parameter
     trained = model.num_parameters
     if recipe.finetuning != "full":

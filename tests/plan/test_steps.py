@@ -79,4 +79,6 @@ def test_steps_stop_at_the_limit() -> None:
     plan = plan_steps(recipe, data, 1)
     assert plan.num_steps == 30
     assert num_evaluations(recipe, plan) == 4  # 8, 16, 24, 30
-    assert num_saves(recipe, plan) == 9  # 5, 8, 10, 15, 16, 20, 24, 25, 30
+    assert (
+        num_saves(recipe, plan.num_steps, plan.steps_per_epoch) == 9
+    )  # 5, 8, 10, 15, 16, 20, 24, 25, 30
