@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
-ModelType = Literal["gpt2", "roberta"]
+# other: of about this shape, read from a folder; no row is one.
+ModelType = Literal["gpt2", "roberta", "other"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

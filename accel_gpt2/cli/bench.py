@@ -34,9 +34,10 @@ def bench(
     ] = 20,
     json: JsonOption = False,
 ) -> None:
-    """Time the recipe's own steps on this machine for a minute, so that plans need not guess.
+    """Time the recipe's own steps on this machine, for a minute.
 
-    Neither data nor weights are needed. What is measured is kept, and `plan` uses it from then on.
+    Neither data nor weights are needed. What is measured is kept, and `plan` uses it from then on
+    and need not guess.
     """
     layers = given_layers(options)
     hardware = detect_hardware()

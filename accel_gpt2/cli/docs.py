@@ -18,8 +18,9 @@ stopped by a signal and saved (start again to go on), 130 Ctrl-C before anything
 
 `launch/train.py` has the options of `train`, and `launch/evaluate.py` those of `evaluate`. Recipe
 values without an option of their own are given by `--set`; `accel-gpt2 train --dry-run` prints them
-all, with where each value comes from: the defaults, the model's row, the profile, the `--recipe`
-file, environment variables such as `ACCEL_GPT2_LEARNING_RATE`, and the options; later ones win.
+all, with where each value comes from: the defaults, the model's row, the plan for the machine, the
+`--recipe` file, environment variables such as `ACCEL_GPT2_LEARNING_RATE`, and the options; later
+ones win.
 """
 
 

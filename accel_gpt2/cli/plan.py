@@ -9,14 +9,15 @@ import typer
 
 from accel_gpt2.cli.hardware import DetectedHardware, detect_hardware, planned_profile
 from accel_gpt2.cli.options import JsonOption, TrainOptions, typed_words
-from accel_gpt2.cli.output import print_json
+from accel_gpt2.cli.output import print_json, say
 from accel_gpt2.cli.plan_output import explain, plan_document, show_plan, show_table
-from accel_gpt2.cli.planning import does_not_fit, kept_choices, measured_here, plan_here
+from accel_gpt2.cli.planning import does_not_fit, kept_choices, measured_here, plan_here, traced
 from accel_gpt2.cli.run_directory import default_run_directory
 from accel_gpt2.cli.train import given_layers
 from accel_gpt2.durable import write_bytes
 from accel_gpt2.errors import DoesNotFitError, UsageError
 from accel_gpt2.plan.candidates import CHOICES
+from accel_gpt2.plan.memory import covers
 from accel_gpt2.plan.search import Preference, RunPlan, typed_option
 from accel_gpt2.plan.table import requirements_table
 from accel_gpt2.recipe import resolve
@@ -50,7 +51,7 @@ def plan(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Say whether a training fits, how long it takes and which recipe is best.
+    """Say what fits, how long it takes and which recipe is best.
 
     What is given is kept, and what is left open is searched, at the same global batch. Nothing is
     loaded and nothing runs. Exit code 3 when nothing fits.
@@ -64,6 +65,9 @@ def plan(
         show_table(requirements_table(calibration=measured_here()), json=json)
         return
     made = make_plan(options, prefer=prefer)
+    if not covers(made.asked.recipe, made.model):
+        say("No formula covers this: tracing a step, which takes half a minute the first time ...")
+        made = traced(made)
     if explain_ is not None:
         explain(made, explain_)
         return
@@ -100,7 +104,7 @@ def make_plan(
     if made is None:
         raise UsageError(
             f"The shape of {asked.model!r} is not known here: give a catalog name, or a folder "
-            "with the config.json of a GPT-2."
+            "with a config.json."
         )
     return made
 

@@ -9,14 +9,16 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from accel_gpt2.catalog.models import MODELS, ModelSpec
+from accel_gpt2.catalog.models import MODELS, ModelSpec, ModelType
 from accel_gpt2.catalog.profiles import HardwareProfile
 from accel_gpt2.catalog.strategies import ShardingStrategy
 from accel_gpt2.cli.hardware import describe_profile
 from accel_gpt2.cli.run_directory import RECIPE_FILE
 from accel_gpt2.data.cache import cache_directory
+from accel_gpt2.errors import UserError
 from accel_gpt2.plan.calibration import CALIBRATION_FILE, Calibration, read_records
 from accel_gpt2.plan.candidates import RESULT_CHOICES
+from accel_gpt2.plan.data import DataStatistics, dataset_statistics
 from accel_gpt2.plan.memory import ByteRange, MemoryPlan, MemoryTerm, covers, plan_memory
 from accel_gpt2.plan.search import Preference, RunPlan, Scope, plan_run, shortage
 from accel_gpt2.recipe import Layer, TrainRecipe, read_layer, resolve
@@ -34,7 +36,7 @@ _UNKNOWN_MODEL_TOKENS = 1024
 
 
 def model_spec(recipe: TrainRecipe) -> ModelSpec | None:
-    """The shape of a recipe's model: a GPT-2 in a folder, or a catalog row; None when unknown."""
+    """The shape of a recipe's model: of a folder, or of a catalog row; None when unknown."""
     from accel_gpt2.data.weights import local_model
 
     directory = local_model(recipe.model)
@@ -44,19 +46,49 @@ def model_spec(recipe: TrainRecipe) -> ModelSpec | None:
     return spec
 
 
+# A size's name in a config.json: GPT-2's own, then what most architectures call it.
+_CONFIG_KEYS = {
+    "n_layer": ("n_layer", "num_hidden_layers"),
+    "n_head": ("n_head", "num_attention_heads"),
+    "n_embd": ("n_embd", "hidden_size"),
+    "n_positions": ("n_positions", "max_position_embeddings"),
+    "vocab_size": ("vocab_size",),
+}
+
+
 def _read_spec(directory: Path, name: str) -> ModelSpec | None:
-    """The row that a folder's config.json would have; None for what is no GPT-2."""
-    keys = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+    """The row that a folder's config.json would have; None where it does not say the sizes."""
+    path = directory / "config.json"
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        sizes = {key: config[key] for key in keys}
-    except (OSError, ValueError, KeyError, TypeError):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        sizes = {
+            size: next(config[key] for key in keys if key in config)
+            for size, keys in _CONFIG_KEYS.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
         return None
-    if config.get("model_type") != "gpt2" or not all(
-        type(size) is int and size > 0 for size in sizes.values()
-    ):
+    if not all(type(size) is int and size > 0 for size in sizes.values()):
         return None
-    return ModelSpec(name=name, hub_id=None, source=str(directory / "config.json"), **sizes)
+    kind = config.get("model_type")
+    model_type: ModelType = (
+        "gpt2" if kind == "gpt2" else "roberta" if kind == "roberta" else "other"
+    )
+    return ModelSpec(name=name, model_type=model_type, hub_id=None, source=str(path), **sizes)
+
+
+def statistics(recipe: TrainRecipe) -> DataStatistics | None:
+    """Of a catalog row or of local files; None where they are to be had from the hub alone.
+
+    What is wrong with files is for the training to say.
+    """
+    if (known := dataset_statistics(recipe)) is not None:  # without loading what reads files
+        return known
+    from accel_gpt2.data.estimate import estimate_statistics
+
+    try:
+        return estimate_statistics(recipe)
+    except UserError:
+        return None
 
 
 def kept_choices(
@@ -97,11 +129,13 @@ def plan_here(
     model = model_spec(recipe)
     if model is None:
         return None
+    data = statistics(recipe)
     if covers(recipe, model):
         return plan_run(
             layers,
             profile,
             model=model,
+            data=data,
             prefer=prefer,
             scope=scope,
             exhaustive=scope != "trained",
@@ -111,6 +145,7 @@ def plan_here(
         layers,
         profile,
         model=model,
+        data=data,
         prefer=prefer,
         scope="trained",
         only_rounding=True,
@@ -151,6 +186,33 @@ def cautious_memory(
         reserved=_raised(plan.reserved, margin.bytes),
         device=_raised(plan.device, margin.bytes),
     )
+
+
+def traced(plan: RunPlan) -> RunPlan:
+    """A plan whose recommended recipe has its memory from a trace of its own step.
+
+    For what no formula covers. The first time takes about half a minute, in a process of its own.
+
+    Raises:
+        UserError: when the step cannot be traced.
+    """
+    from accel_gpt2.trace.plan import plan_traced
+
+    option = plan.recommended
+    if option is None:
+        return plan
+    recipe, data = option.recipe, plan.data
+    longest = recipe.max_length if data is None else min(recipe.max_length, data.longest_tokens)
+    memory = plan_traced(
+        recipe,
+        plan.profile,
+        option.strategy,
+        longest_tokens=longest,
+        num_classes=_ASSUMED_CLASSES if data is None else data.num_classes,
+        vocab_size=plan.model.vocab_size if recipe.tokenizer == "train" else None,
+    )
+    known = dataclasses.replace(option, memory=memory, device=memory.device, verdict=memory.verdict)
+    return dataclasses.replace(plan, recommended=known)
 
 
 def _raised(range_: ByteRange, num_bytes: int) -> ByteRange:

@@ -619,6 +619,8 @@ def _without(layers: Sequence[Layer], keys: Sequence[str]) -> list[Layer]:
 # Of what is drawn; smaller terms are drawn together.
 _SMALLEST_SHARE = 0.02
 
+AROUND_TERMS = ("smaller terms", "fragmentation", "context and libraries", "the other models")
+
 
 def memory_parts(option: Option) -> list[tuple[str, int]]:
     """What one device holds at the fullest moment, for a picture: names and bytes that sum up.
@@ -630,12 +632,13 @@ def memory_parts(option: Option) -> list[tuple[str, int]]:
     terms = [(term.name, term.bytes) for term in memory.terms]
     small = [size for _, size in terms if size < _SMALLEST_SHARE * memory.allocated_bytes]
     parts = [(n, size) for n, size in terms if size >= _SMALLEST_SHARE * memory.allocated_bytes]
-    parts += [
-        ("smaller terms", sum(small)),
-        ("fragmentation", memory.reserved.expected - memory.allocated_bytes),
-        ("context and libraries", memory.device.expected - memory.reserved.expected),
-        ("the other models", option.device.expected - memory.device.expected),
-    ]
+    around = (
+        sum(small),
+        memory.reserved.expected - memory.allocated_bytes,
+        memory.device.expected - memory.reserved.expected,
+        option.device.expected - memory.device.expected,
+    )
+    parts += zip(AROUND_TERMS, around, strict=True)
     return [(name, size) for name, size in parts if size > 0]
 
 

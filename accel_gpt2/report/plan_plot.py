@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from accel_gpt2.plan.search import Option, RunPlan, memory_parts
+from accel_gpt2.plan.search import AROUND_TERMS, Option, RunPlan, memory_parts
 from accel_gpt2.report.drawing import DOTS_PER_INCH, LIGHT, Theme, png, short_label, style
 from accel_gpt2.units import GIB
 
@@ -19,7 +19,8 @@ def memory_bars(plan: RunPlan, theme: Theme = LIGHT) -> bytes:
     """
     options = drawn_options(plan)
     parts = [dict(memory_parts(option)) for option in options]
-    names = list(dict.fromkeys(name for part in parts for name in part))
+    # What lies around the terms comes last in every bar.
+    names = sorted({name: None for part in parts for name in part}, key=AROUND_TERMS.__contains__)
     with style(theme):
         figure = Figure(
             figsize=(8.4, 1.9 + 0.42 * len(options)), dpi=DOTS_PER_INCH, layout="constrained"

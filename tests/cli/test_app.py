@@ -16,7 +16,18 @@ from accel_gpt2.cli.doctor import examine
 from tests.cli.conftest import CommandLine
 
 REPOSITORY = Path(__file__).parents[2]
-VERBS = ("demo", "profiles", "train", "evaluate", "predict", "report", "compare", "doctor")
+VERBS = (
+    "demo",
+    "profiles",
+    "plan",
+    "bench",
+    "train",
+    "evaluate",
+    "predict",
+    "report",
+    "compare",
+    "doctor",
+)
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "numpy", "sklearn", "matplotlib")
 
 LOADED = f"""
@@ -39,6 +50,8 @@ finally:
         ["predict", "--help"],
         ["profiles"],
         ["profiles", "--json"],
+        ["plan", "--profile", "rtx4070ti"],
+        ["plan", "--json", "--all"],
         ["train", "--dry-run"],
         ["train", "--dry-run", "--profile", "a100-40", "--set", "lora_rank=8"],
         ["train", "--epochs", "-1"],

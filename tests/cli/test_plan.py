@@ -186,3 +186,15 @@ def test_train_does_what_the_plan_says(name: str) -> None:
     assert plan.recommended is not None
     assert choose(options, detect=detect).resolved == plan.recommended.resolved
     assert resolve(options.layers).recipe != plan.recommended.recipe
+
+
+@pytest.mark.slow
+def test_what_no_formula_covers_is_traced(accel_gpt2: CommandLine) -> None:
+    """An encoder with a head: the bytes of its own step, in place of a guess."""
+    arguments = ("--model", "roberta-tiny", "--set", "objective=classification")
+    ended = accel_gpt2("plan", "--json", "--profile", "rtx4070ti", *arguments)
+    assert ended.returncode == 0, ended.stderr
+    memory = json.loads(ended.stdout)["memory"]
+    assert memory["source"] == "trace"
+    assert "margin" not in {term["name"] for term in memory["terms"]}
+    assert "tracing a step" in ended.stderr
