@@ -84,7 +84,10 @@ def test_the_last_named_model_brings_its_row() -> None:
         ({"learning_rate": math.nan}, r"learning_rate = .*finite number"),
         ({"learning_rate": math.inf}, r"learning_rate = .*finite number"),
         ({"validation_fraction": 0.6}, r"validation_fraction = 0\.6 .*less than or equal to 0\.5"),
-        ({"mixed_precision": "bf8"}, r"mixed_precision = 'bf8' .*'no', 'fp16' or 'bf16'"),
+        (
+            {"mixed_precision": "bf8"},
+            r"mixed_precision = 'bf8' .*'no', 'fp16', 'bf16' or 'pure_bf16'",
+        ),
         ({"optimizer": None}, r"optimizer = None .*'adamw', 'adamw_8bit' or 'adafactor'"),
         ({"class_names": "a"}, r"class_names = 'a' .*"),
         ({"max_steps": 0}, r"max_steps = 0 .*greater than or equal to 1"),
@@ -154,6 +157,10 @@ def test_no_batch_key_is_an_error() -> None:
         ({"model": "gpt2-tiny", "init": "pretrained"}, "gpt2-tiny has no pretrained weights"),
         ({"tokenizer": "train"}, "pretrained weights know only their own tokens"),
         ({"finetuning": "lora", "init": "scratch"}, "an adapter on random weights"),
+        (
+            {"bf16_rounding": "kahan", "mixed_precision": "bf16"},
+            "'kahan' with mixed_precision = 'bf16': only bf16 weights are rounded",
+        ),
         ({"finetuning": "qlora", "init": "scratch"}, "'qlora' .* an adapter on random weights"),
         (
             {"budget_usd": 5.0},
@@ -326,7 +333,7 @@ recipes = st.builds(
     dropout=st.floats(min_value=0, max_value=1, exclude_max=True),
     max_steps=st.none() | st.integers(1, 2**31 - 1),
     global_batch_size=st.none() | st.integers(1, 2**31 - 1),
-    mixed_precision=st.sampled_from(["no", "fp16", "bf16"]),
+    mixed_precision=st.sampled_from(["no", "fp16", "bf16", "pure_bf16"]),
     seed=st.integers(0, 2**31 - 1),
     gradient_checkpointing=st.booleans(),
     price_usd_per_hour=st.none() | st.floats(0, 1e6),
