@@ -389,10 +389,12 @@ class Gpt2Step:
 
     @property
     def _dropped_attention(self) -> float:
-        # Without a fused kernel that drops, a CPU keeps probabilities, noise and their product.
+        # Without a fused kernel that drops, a CPU keeps probabilities, noise and their product;
+        # autocast has them in fp32. Read off traces.
         if self.on_gpu or self.recipe.dropout == 0:
             return 0.0
-        return 3 * self.compute * self.model.n_head * self.length * self.tokens
+        each = 13 if self.autocast else 3 * self.compute
+        return each * self.model.n_head * self.length * self.tokens
 
     @property
     def weight_copies(self) -> float:
@@ -538,27 +540,11 @@ class Gpt2Step:
         return 3 * self.stream * self.nd
 
     def _loss(self) -> list[MemoryTerm]:
-        chunk = self._stock_logits() if self.stock_loss else self._chunk()
-        hidden = 2 * self.stream * self.nd
-        rows = 4 * min(self.recipe.loss_chunk_tokens, self.tokens) * self.model.n_embd
-        forward = [
-            *self.forward_copies(),
-            *chunk,
-            _term(
-                "hidden states and their gradient",
-                0 if self.stock_loss else hidden + 32 * self.tokens + rows,
-                f"2 x {self.stream} bytes x {self.nd:,}",
-            ),
-        ]
-        backward = [
-            *self._head_gradient(),
-            _term(
-                "hidden states and their gradient",
-                3 * self.stream * self.nd,
-                f"3 x {self.stream} bytes x {self.nd:,}",
-            ),
-        ]
-        fuller = max(forward, backward, key=lambda terms: sum(term.bytes for term in terms))
+        """The loss at its fullest, forward or backward; ours makes its gradients in the former."""
+        fuller = max(
+            self._stock_losses() if self.stock_loss else self._losses(),
+            key=lambda terms: sum(term.bytes for term in terms),
+        )
         return [
             *self.held_gradients(),
             *self.activations(self.model.n_layer),
@@ -570,6 +556,42 @@ class Gpt2Step:
                 f"{self.stream} bytes x {self.nd:,}, the last LayerNorm's input",
             ),
             *fuller,
+        ]
+
+    def _losses(self) -> list[list[MemoryTerm]]:
+        rows = 4 * min(self.recipe.loss_chunk_tokens, self.tokens) * self.model.n_embd
+        return [
+            [
+                *self.forward_copies(),
+                *self._chunk(),
+                _term(
+                    "hidden states and their gradient",
+                    2 * self.stream * self.nd + 32 * self.tokens + rows,
+                    f"2 x {self.stream} bytes x {self.nd:,}, a chunk's rows, indices",
+                ),
+            ],
+            [
+                *self._head_gradient(),
+                _term(
+                    "hidden states and their gradient",
+                    3 * self.stream * self.nd,
+                    f"3 x {self.stream} bytes x {self.nd:,}",
+                ),
+            ],
+        ]
+
+    def _stock_losses(self) -> list[list[MemoryTerm]]:
+        """transformers' loss forward (logits, a copy in fp32, log-softmax), and backward
+        (log-softmax and two gradients)."""
+        logits = self.tokens * self.model.vocab_size
+        forward = 8 if self.compute == 4 else 10
+        return [
+            [
+                *self.forward_copies(),
+                _term("logits", forward * logits, f"{logits:,} x {forward} bytes"),
+                *self._head_copy(),
+            ],
+            [_term("logits", 12 * logits, f"{logits:,} x 12 bytes"), *self._head_copy()],
         ]
 
     def _head_copy(self) -> list[MemoryTerm]:
@@ -609,16 +631,6 @@ class Gpt2Step:
             *self._head_copy(),
         ]
 
-    def _stock_logits(self) -> list[MemoryTerm]:
-        """transformers' loss: logits, fp32 logits, log-softmax, its gradient."""
-        logits = self.tokens * self.model.vocab_size
-        return [
-            _term(
-                "logits", 12 * logits, f"{logits:,} x 3 x 4 bytes: log-softmax and two gradients"
-            ),
-            *self._head_copy(),
-        ]
-
     def _blocks(self) -> list[MemoryTerm]:
         """Backward through the block at which most is held: the last one or the first."""
         layers = self.model.n_layer
@@ -654,11 +666,14 @@ class Gpt2Step:
     def _recomputed(self) -> list[MemoryTerm]:
         if not self.recipe.gradient_checkpointing:
             return []
+        # Read off traces: the recomputation stops before gelu_new's result is cast to 16 bits.
+        uncast = 8 if self.autocast and not self.recipe.fused_gelu else 0
         return [
             _term(
                 "recomputed block",
-                self.block_bytes + self.weight_copies,
-                f"{self.saved_per_token:g} bytes x {self.nd:,}, statistics, 16-bit weights",
+                self.block_bytes - uncast * self.nd + self.weight_copies,
+                f"{self.saved_per_token - uncast:g} bytes x {self.nd:,}, statistics, 16-bit "
+                "weights",
             )
         ]
 
@@ -675,11 +690,11 @@ class Gpt2Step:
             copy = e if self.autocast or drop else 0
             per_token = copy + 4 * e - drop
         else:
-            # Read off traces: within gelu_new.
+            # Read off traces: within gelu_new, when that gradient has gone where it is added.
             per_token = {4: 32, 2: 48 if self.autocast else 16}[e] - drop
-            if self.autocast and self.recipe.gradient_checkpointing:
-                per_token -= 8
         weights = 4 * e  # the gradient of that product's matrix
+        if not self.recipe.fused_gelu and self.accumulates:
+            weights -= 4 * self.weight
         needed = per_token * self.nd + weights * self.model.n_embd**2
         if self.recipe.gradient_checkpointing:
             # At the end of the recomputation: the gradient, the product, dropout's result, the sum.
@@ -730,12 +745,17 @@ class Gpt2Step:
 
     def _optimizer(self) -> list[MemoryTerm]:
         spec = OPTIMIZERS[self.recipe.optimizer]
-        largest, following = (math.prod(shape) for shape, _ in self.trained_shapes[:2])
+        sizes = sorted((math.prod(shape) for shape, _ in self.trained_shapes), reverse=True)
+        following = sizes[:2]
+        if self.full:  # in the model's order
+            embeddings = [self.head, self.model.n_positions * self.model.n_embd]
+            feed_forward = 2 * [4 * self.model.n_embd**2]
+            following = max(embeddings, feed_forward, key=sum)
         if self._plain_pure:
-            temporaries = spec.bf16_step_bytes_per_parameter * largest
+            temporaries = spec.bf16_step_bytes_per_parameter * sizes[0]
         else:
             # One tensor's are let go when the next one's are there.
-            temporaries = spec.step_bytes_per_parameter * (largest + following)
+            temporaries = spec.step_bytes_per_parameter * sum(following)
         if self.strategy.backend == "deepspeed" and self.strategy.zero_stage >= 2:
             # stage_1_and_2.py, step: the share's gradients in fp32.
             temporaries += 4 * self.num_trained / self.world_size
@@ -761,11 +781,13 @@ class Gpt2Step:
             if self.autocast and self.full
             else 0
         )
-        head = 4 * self.head if width == 2 else 0
+        rows = min(self.recipe.loss_chunk_tokens, self.tokens) * self.model.n_embd
+        head = 4 * (self.head + rows) if width == 2 else 0
         scoring = head + 4 * self.chunk_logits + width * self.nd
         in_blocks = per_token * self.nd
         return [
             *self.gathered(blocks=2),
+            *self._outputs(),
             _term("autocast's cache", cache, "16-bit copies that live until the forward pass ends"),
             _term(
                 "scoring",
@@ -777,6 +799,7 @@ class Gpt2Step:
     def _saving(self) -> list[MemoryTerm]:
         copy = 0 if self.on_gpu else self.num_trained * self._trained_width
         return [
+            *self._outputs(),
             _term("copies of the weights", copy, "safetensors writes a file from its own copies"),
         ]
 

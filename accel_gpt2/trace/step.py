@@ -78,6 +78,9 @@ class StockLoss(nn.Module):
 
     def forward(self, input_ids: Tensor, *_: Tensor) -> Tensor:
         """The mean loss of next tokens, in nats."""
-        self.outputs = convert_to_fp32(self.model(input_ids=input_ids, labels=input_ids))
+        outputs = self.model(input_ids=input_ids, labels=input_ids)
+        if torch.is_autocast_enabled(input_ids.device.type):
+            outputs = convert_to_fp32(outputs)
+        self.outputs = outputs
         loss: Tensor = self.outputs.loss
         return loss
