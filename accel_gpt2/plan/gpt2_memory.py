@@ -585,13 +585,19 @@ class Gpt2Step:
         (log-softmax and two gradients)."""
         logits = self.tokens * self.model.vocab_size
         forward = 8 if self.compute == 4 else 10
+        hidden = _term(
+            "hidden states",
+            self.compute * self.nd,
+            f"{self.compute} bytes x {self.nd:,}, the head's",
+        )
         return [
             [
+                hidden,
                 *self.forward_copies(),
                 _term("logits", forward * logits, f"{logits:,} x {forward} bytes"),
                 *self._head_copy(),
             ],
-            [_term("logits", 12 * logits, f"{logits:,} x 12 bytes"), *self._head_copy()],
+            [hidden, _term("logits", 12 * logits, f"{logits:,} x 12 bytes"), *self._head_copy()],
         ]
 
     def _head_copy(self) -> list[MemoryTerm]:
