@@ -211,7 +211,7 @@ def resolve(layers: Sequence[Layer]) -> ResolvedRecipe:
     row = MODELS.get(model) if isinstance(model, str) else None
     rows = [] if row is None else [Layer(origin=f"model {model}", values=row.recipe_defaults)]
     chosen = {key: value for x in [*rows, *layers] for key, value in x.values.items()}
-    if chosen.get("finetuning") in {"lora", "qlora"}:
+    if chosen.get("finetuning") in ("lora", "qlora"):
         origin = f"finetuning {chosen['finetuning']}"
         rows.insert(0, Layer(origin=origin, values=_LORA_DEFAULTS))
     if chosen.get("init") == "scratch":

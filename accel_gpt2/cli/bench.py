@@ -1,7 +1,7 @@
 """`bench`: a minute of the recipe's own steps here, so that plans need not guess."""
 
 import os
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,14 +15,14 @@ from accel_gpt2.cli.hardware import (
 )
 from accel_gpt2.cli.options import JsonOption, TrainOptions
 from accel_gpt2.cli.output import print_json, print_line, say
-from accel_gpt2.cli.planning import does_not_fit, plan_here
 from accel_gpt2.cli.train import given_layers
 from accel_gpt2.errors import DoesNotFitError, UsageError
-from accel_gpt2.plan.memory import covers
-from accel_gpt2.plan.search import RunPlan
-from accel_gpt2.plan.throughput import TimePlan
 from accel_gpt2.recipe import Layer, resolve
 from accel_gpt2.units import format_bytes, format_count, format_seconds
+
+if TYPE_CHECKING:
+    from accel_gpt2.plan.search import RunPlan
+    from accel_gpt2.plan.throughput import TimePlan
 
 _MAX_SECONDS = 60.0
 
@@ -39,6 +39,8 @@ def bench(
     Neither data nor weights are needed. What is measured is kept, and `plan` uses it from then on
     and need not guess.
     """
+    from accel_gpt2.plan.memory import covers
+
     layers = given_layers(options)
     hardware = detect_hardware()
     profile = _profile_here(resolve(layers).recipe.profile, hardware)
@@ -108,6 +110,7 @@ def bench(
                     "predicted": record.predicted_reserved_bytes,
                     "measured": record.measured_reserved_bytes,
                 },
+                "peak_memory_bytes": measured.peak_memory_bytes,
                 "time_seconds": {
                     "before": _seconds(option.time),
                     "after": _seconds(after.recommended.time),
@@ -121,18 +124,26 @@ def bench(
             "tokens/s",
             _count(record.predicted_tokens_per_second),
             _count(record.measured_tokens_per_second),
-        ),
-        (
-            "allocated",
-            _bytes(record.predicted_allocated_bytes),
-            _bytes(record.measured_allocated_bytes),
-        ),
-        (
-            "reserved",
-            _bytes(record.predicted_reserved_bytes),
-            _bytes(record.measured_reserved_bytes),
-        ),
+        )
     ]
+    if record.measured_allocated_bytes is None:  # a CPU's allocator does not tell
+        # The libraries, and the tensors of the batch that was run.
+        besides = option.memory.device.expected - option.memory.reserved.expected
+        expected = besides + (record.predicted_reserved_bytes or 0)
+        rows.append(("resident", format_bytes(expected), format_bytes(measured.peak_memory_bytes)))
+    else:
+        rows += [
+            (
+                "allocated",
+                _bytes(record.predicted_allocated_bytes),
+                _bytes(record.measured_allocated_bytes),
+            ),
+            (
+                "reserved",
+                _bytes(record.predicted_reserved_bytes),
+                _bytes(record.measured_reserved_bytes),
+            ),
+        ]
     for name, predicted, found in rows:
         print_line(f"{name:<10} predicted {predicted:>10}   measured {found:>10}")
     print_line(f"the run    {_range(option.time)} before, {_range(after.recommended.time)} now")
@@ -149,8 +160,10 @@ def _profile_here(asked: str, hardware: DetectedHardware) -> HardwareProfile:
     return profile_here(profile, hardware)
 
 
-def _plan(layers: list[Layer], profile: HardwareProfile) -> RunPlan:
-    made = plan_here(layers, profile, scope="trained")
+def _plan(layers: list[Layer], profile: HardwareProfile) -> "RunPlan":
+    from accel_gpt2.cli.planning import does_not_fit, plan_here
+
+    made = plan_here(layers, profile, depth="none")
     asked = resolve(layers).recipe
     if made is None:
         raise UsageError(
@@ -173,11 +186,11 @@ def _machine(profile: HardwareProfile, hardware: DetectedHardware) -> str:
     return describe_profile(profile)
 
 
-def _seconds(time: TimePlan) -> dict[str, float]:
+def _seconds(time: "TimePlan") -> dict[str, float]:
     return {"low": time.total.low, "expected": time.total.expected, "high": time.total.high}
 
 
-def _range(time: TimePlan) -> str:
+def _range(time: "TimePlan") -> str:
     low, high = format_seconds(time.total.low), format_seconds(time.total.high)
     return f"{format_seconds(time.total.expected)} ({low} to {high})"
 

@@ -14,7 +14,6 @@ from accel_gpt2.classify.lock import LOCK_FILE, OWNER_FILE
 from accel_gpt2.cli.hardware import DetectedHardware, detect_hardware
 from accel_gpt2.cli.options import TrainOptions
 from accel_gpt2.cli.output import warn
-from accel_gpt2.cli.planning import kept_choices
 from accel_gpt2.cli.run_directory import (
     check_run_directory,
     default_run_directory,
@@ -114,6 +113,8 @@ def prepare_comparison(
         UserError: for a wrong recipe, data that is not to be had, a directory of other things, and
             runs that are there with another recipe.
     """
+    from accel_gpt2.cli.planning import kept_choices
+
     detect = functools.cache(detect)
     asked = choose(options, detect=detect)
     if is_planned(asked.resolved.origins["finetuning"]):  # each arm has its own

@@ -3,24 +3,22 @@
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from accel_gpt2.cli.hardware import DetectedHardware, detect_hardware, planned_profile
 from accel_gpt2.cli.options import JsonOption, TrainOptions, typed_words
 from accel_gpt2.cli.output import print_json, say
-from accel_gpt2.cli.plan_output import explain, plan_document, show_plan, show_table
-from accel_gpt2.cli.planning import does_not_fit, kept_choices, measured_here, plan_here, traced
 from accel_gpt2.cli.run_directory import default_run_directory
 from accel_gpt2.cli.train import given_layers
 from accel_gpt2.durable import write_bytes
 from accel_gpt2.errors import DoesNotFitError, UsageError
-from accel_gpt2.plan.candidates import CHOICES
-from accel_gpt2.plan.memory import covers
-from accel_gpt2.plan.search import Preference, RunPlan, typed_option
-from accel_gpt2.plan.table import requirements_table
+from accel_gpt2.plan.candidates import CHOICES, Preference
 from accel_gpt2.recipe import resolve
+
+if TYPE_CHECKING:
+    from accel_gpt2.plan.search import Depth, RunPlan
 
 
 def plan(
@@ -56,6 +54,11 @@ def plan(
     What is given is kept, and what is left open is searched, at the same global batch. Nothing is
     loaded and nothing runs. Exit code 3 when nothing fits.
     """
+    from accel_gpt2.cli.plan_output import explain, plan_document, show_plan, show_table
+    from accel_gpt2.cli.planning import does_not_fit, measured_here, traced
+    from accel_gpt2.plan.memory import covers
+    from accel_gpt2.plan.table import requirements_table
+
     if table:
         others = {"--explain": explain_, "--plot": plot, "--all": show_all}
         unused = [name for name, value in others.items() if value]
@@ -64,7 +67,7 @@ def plan(
             raise UsageError(f"--table prints one table for everything; leave out {names}.")
         show_table(requirements_table(calibration=measured_here()), json=json)
         return
-    made = make_plan(options, prefer=prefer)
+    made = make_plan(options, prefer=prefer, depth="all" if show_all else "trained")
     if not covers(made.asked.recipe, made.model):
         say("No formula covers this: tracing a step, which takes half a minute the first time ...")
         made = traced(made)
@@ -88,19 +91,22 @@ def make_plan(
     options: TrainOptions,
     *,
     prefer: Preference = "faithful",
+    depth: "Depth" = "trained",
     detect: Callable[[], DetectedHardware] = detect_hardware,
-) -> RunPlan:
+) -> "RunPlan":
     """What `train` would do with these options, on a machine that need not be this one.
 
     Raises:
         UsageError: for a wrong recipe, an unknown profile, or a model of unknown shape.
     """
+    from accel_gpt2.cli.planning import kept_choices, plan_here
+
     given = given_layers(options)
     asked = resolve(given).recipe
     profile = planned_profile(asked.profile, detect)
     directory = options.output_dir or default_run_directory(asked)
     kept = kept_choices(directory, profile, resume=options.resume)
-    made = plan_here([*kept, *given], profile, prefer=prefer)
+    made = plan_here([*kept, *given], profile, prefer=prefer, depth=depth)
     if made is None:
         raise UsageError(
             f"The shape of {asked.model!r} is not known here: give a catalog name, or a folder "
@@ -109,8 +115,10 @@ def make_plan(
     return made
 
 
-def _words(options: TrainOptions, made: RunPlan) -> list[str]:
+def _words(options: TrainOptions, made: "RunPlan") -> list[str]:
     """What to type after `train`: what was given, and what a preference chose in its place."""
+    from accel_gpt2.plan.search import typed_option
+
     words = typed_words(options)
     if made.prefer == "faithful" or made.recommended is None:
         return words

@@ -17,10 +17,10 @@ from accel_gpt2.cli.run_directory import RECIPE_FILE
 from accel_gpt2.data.cache import cache_directory
 from accel_gpt2.errors import UserError
 from accel_gpt2.plan.calibration import CALIBRATION_FILE, Calibration, read_records
-from accel_gpt2.plan.candidates import RESULT_CHOICES
+from accel_gpt2.plan.candidates import RESULT_CHOICES, Preference
 from accel_gpt2.plan.data import DataStatistics, dataset_statistics
 from accel_gpt2.plan.memory import ByteRange, MemoryPlan, MemoryTerm, covers, plan_memory
-from accel_gpt2.plan.search import Preference, RunPlan, Scope, plan_run, shortage
+from accel_gpt2.plan.search import Depth, RunPlan, plan_run, shortage
 from accel_gpt2.recipe import Layer, TrainRecipe, read_layer, resolve
 
 # For what the closed form does not know (an encoder, another objective): as a language model of the
@@ -115,7 +115,7 @@ def plan_here(
     profile: HardwareProfile,
     *,
     prefer: Preference = "faithful",
-    scope: Scope = "predicted",
+    depth: Depth = "all",
 ) -> RunPlan | None:
     """The plan of what was given; None for a model whose shape is not known.
 
@@ -137,8 +137,8 @@ def plan_here(
             model=model,
             data=data,
             prefer=prefer,
-            scope=scope,
-            exhaustive=scope != "trained",
+            scope="trained" if depth == "none" else "predicted",
+            depth=depth,
             calibration=measured_here(),
         )
     return plan_run(

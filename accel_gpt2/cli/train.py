@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -35,12 +36,6 @@ from accel_gpt2.cli.launcher import (
 )
 from accel_gpt2.cli.options import TrainOptions, train_command
 from accel_gpt2.cli.output import is_main_process, print_line, say, warn
-from accel_gpt2.cli.planning import (
-    does_not_fit,
-    kept_choices,
-    plan_here,
-    unknown_model_layer,
-)
 from accel_gpt2.cli.run_directory import (
     RECIPE_FILE,
     check_run_directory,
@@ -49,8 +44,6 @@ from accel_gpt2.cli.run_directory import (
 )
 from accel_gpt2.durable import write_text
 from accel_gpt2.errors import DoesNotFitError, ExitCode, StoppedEarly, UserError
-from accel_gpt2.plan.memory import covers
-from accel_gpt2.plan.search import RunPlan
 from accel_gpt2.recipe import (
     FIELDS,
     Layer,
@@ -60,6 +53,9 @@ from accel_gpt2.recipe import (
     resolve,
 )
 from accel_gpt2.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from accel_gpt2.plan.search import RunPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +69,7 @@ class TrainChoice:
     profile: HardwareProfile
     hardware: DetectedHardware
     run_directory: Path
-    plan: RunPlan | None
+    plan: "RunPlan | None"
     warnings: tuple[str, ...]
 
 
@@ -88,6 +84,8 @@ def choose(
         UserError: for a wrong recipe, an unknown profile, a machine that has not got what the
             profile promises, or what cannot fit in any way.
     """
+    from accel_gpt2.cli.planning import kept_choices, plan_here
+
     given = given_layers(options)
     asked = resolve(given)  # all complaints about what was typed, before looking around
     hardware = detect()
@@ -98,7 +96,7 @@ def choose(
     warnings: list[str] = []
     if not _is_own_recipe(options.recipe_file, options.output_dir):
         given = [*kept_choices(run_directory, profile, resume=options.resume), *given]
-        plan = plan_here(given, profile_here(profile, hardware), scope="trained")
+        plan = plan_here(given, profile_here(profile, hardware), depth="none")
         resolved, warnings = _planned(plan, given, profile)
     precision = resolved.recipe.mixed_precision
     return TrainChoice(
@@ -128,7 +126,7 @@ def given_layers(options: TrainOptions) -> list[Layer]:
 
 
 def _planned(
-    plan: RunPlan | None, given: list[Layer], profile: HardwareProfile
+    plan: "RunPlan | None", given: list[Layer], profile: HardwareProfile
 ) -> tuple[ResolvedRecipe, list[str]]:
     """The recipe that a plan leads to, and what is to be said about it.
 
@@ -138,6 +136,9 @@ def _planned(
     Raises:
         DoesNotFitError: with the nearest change that fits.
     """
+    from accel_gpt2.cli.planning import does_not_fit, unknown_model_layer
+    from accel_gpt2.plan.memory import covers
+
     if plan is None:
         return resolve([unknown_model_layer(profile), *given]), []
     if plan.recommended is not None:
@@ -316,7 +317,7 @@ def _machine(choice: TrainChoice) -> str:
     return describe_profile(choice.profile)
 
 
-def _outlook(plan: RunPlan) -> str:
+def _outlook(plan: "RunPlan") -> str:
     """Memory and time in one line, and what did not fit where the recipe is a lesser one."""
     option = plan.recommended or plan.smallest
     assert option is not None, "one process per GPU is always planned"

@@ -4,12 +4,17 @@ them over GPUs."""
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import Literal
 
 from accel_gpt2.catalog.profiles import HardwareProfile
 from accel_gpt2.catalog.strategies import STRATEGIES, ShardingStrategy
 from accel_gpt2.errors import UsageError
 from accel_gpt2.plan.placement import Placement, applicable_placements
 from accel_gpt2.recipe import Layer, ResolvedRecipe, TrainRecipe, resolve
+
+# faithful: what changes least about full fine-tuning with fp32 weights. quality: fp32 arithmetic
+# before that. speed: the fastest. memory: the smallest.
+Preference = Literal["faithful", "speed", "memory", "quality"]
 
 # The first three change the result; the others change how its steps are cut.
 RESULT_CHOICES = ("finetuning", "mixed_precision", "optimizer")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from accel_gpt2.plan.memory import ByteRange, MemoryPlan
+from accel_gpt2.plan.memory_types import ByteRange, MemoryPlan
 from accel_gpt2.recipe import TrainRecipe
 
 Placement = Literal["sequential", "per-gpu", "concurrent", "shared-base"]

@@ -17,6 +17,7 @@ from accel_gpt2.errors import UsageError
 from accel_gpt2.plan.calibration import Calibration, Quantity, Residual, calibrated_memory
 from accel_gpt2.plan.candidates import (
     CHOICES,
+    Preference,
     cuts,
     describe_recipe,
     levels,
@@ -38,13 +39,14 @@ from accel_gpt2.plan.throughput import SecondsRange, TimePlan, plan_time
 from accel_gpt2.recipe import Layer, ResolvedRecipe, TrainRecipe, resolve
 from accel_gpt2.units import format_bytes, format_seconds
 
-# faithful: what changes least about full fine-tuning with fp32 weights. quality: fp32 arithmetic
-# before that. speed: the fastest. memory: the smallest.
-Preference = Literal["faithful", "speed", "memory", "quality"]
 _FAITHFUL: frozenset[Preference] = frozenset({"faithful", "quality"})
 
 # What is planned: what this version trains; also what it only predicts; and that recommended too.
 Scope = Literal["trained", "predicted", "recommend predicted"]
+
+# Where faithfulness comes first, what is planned below the first level that fits: all of it, what
+# this version trains, or nothing.
+Depth = Literal["all", "trained", "none"]
 
 Why = Literal[
     "refused", "does not fit", "not run yet", "less faithful", "tight", "slower", "larger"
@@ -238,7 +240,7 @@ class _Situation:
     prefer: Preference
     placements: frozenset[Placement]
     scope: Scope
-    exhaustive: bool
+    depth: Depth
     only_rounding: bool
     calibration: Calibration | None
     memory_of: MemoryOf
@@ -254,7 +256,7 @@ def plan_run(
     prefer: Preference = "faithful",
     placements: Iterable[Placement] = tuple(PLACEMENTS),
     scope: Scope = "predicted",
-    exhaustive: bool = True,
+    depth: Depth = "all",
     only_rounding: bool = False,
     calibration: Calibration | None = None,
     memory_of: MemoryOf = plan_memory,
@@ -274,7 +276,7 @@ def plan_run(
         data: None for the statistics of the catalog's row.
         placements: the ways to place the classes that are considered.
         scope: whether what this version does not train is planned too, and may be recommended.
-        exhaustive: False stops at the first level that fits, where faithfulness comes first.
+        depth: what is planned below the first level that fits; it does not change the answer.
         only_rounding: whether to search only what changes rounding (how a step is cut), and leave
             what else is free at the first of the faithful order.
 
@@ -291,7 +293,7 @@ def plan_run(
         prefer=prefer,
         placements=frozenset(placements),
         scope=scope,
-        exhaustive=exhaustive,
+        depth=depth,
         only_rounding=only_rounding,
         calibration=calibration,
         memory_of=memory_of,
@@ -361,6 +363,7 @@ def _candidates(
             Rejected(label=label, why="refused", reason=reason, trained=trained, option=None)
         )
 
+    fitted = False
     tried = levels(layers, profile, fp32_first=situation.prefer == "quality")
     for number, level in enumerate(tried[:1] if situation.only_rounding else tried):
         if level.resolved is None:
@@ -373,7 +376,8 @@ def _candidates(
             level.resolved.recipe, profile, num_classes=data.num_classes
         ):
             runs = strategy.trained and PLACEMENTS[placement].trained
-            if placement not in situation.placements or (situation.scope == "trained" and not runs):
+            skipped = situation.scope == "trained" or (fitted and situation.depth == "trained")
+            if placement not in situation.placements or (skipped and not runs):
                 continue
             reason = library_refusal(level.resolved.recipe, strategy)
             if reason is not None:
@@ -387,8 +391,8 @@ def _candidates(
                 options.append(
                     _option(resolved, number, strategy, placement, memory, time, situation)
                 )
-        found = _best(options, situation)
-        if found is not None and situation.prefer in _FAITHFUL and not situation.exhaustive:
+        fitted = situation.prefer in _FAITHFUL and _best(options, situation) is not None
+        if fitted and situation.depth == "none":
             break
     return options, refused
 
@@ -564,7 +568,7 @@ def _nearest_change(layers: Sequence[Layer], situation: _Situation) -> NearestCh
     """The first change that helps, of some that are sorted by how much they change."""
     asked = resolve(layers).recipe
     for changed, profile, keys in _changes(layers, asked, situation.profile):
-        there = dataclasses.replace(situation, profile=profile, exhaustive=False)
+        there = dataclasses.replace(situation, profile=profile, depth="none")
         if situation.scope == "predicted":
             there = dataclasses.replace(there, scope="trained")
         try:

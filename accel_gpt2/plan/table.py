@@ -99,15 +99,13 @@ def _row(
     dataset: str,
     calibration: Calibration | None,
 ) -> TableRow:
-    one_by_one = plan_run(
-        given, profile, scope="trained", exhaustive=False, calibration=calibration
-    )
+    one_by_one = plan_run(given, profile, scope="trained", depth="none", calibration=calibration)
     at_once = plan_run(
         given,
         profile,
         placements=_AT_ONCE,
         scope="recommend predicted",
-        exhaustive=False,
+        depth="none",
         calibration=calibration,
     )
     assert one_by_one.data is not None, "the table's data sets have statistics"

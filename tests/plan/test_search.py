@@ -11,8 +11,8 @@ from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.catalog.profiles import PROFILES
 from accel_gpt2.catalog.strategies import STRATEGIES
 from accel_gpt2.errors import UsageError
-from accel_gpt2.plan.candidates import CHOICES, RESULT_CHOICES, library_refusal
-from accel_gpt2.plan.search import Option, Preference, RunPlan, plan_run
+from accel_gpt2.plan.candidates import CHOICES, RESULT_CHOICES, Preference, library_refusal
+from accel_gpt2.plan.search import Option, RunPlan, plan_run
 from accel_gpt2.recipe import Layer, assignments_layer, parse_value, resolve
 
 GPT2_MODELS = [name for name, row in MODELS.items() if row.model_type == "gpt2"]
