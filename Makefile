@@ -39,9 +39,11 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# What only a GPU can show: precision, memory that really runs out, resume on the card.
+# What only a GPU can show: precision, memory that really runs out, resume on the card; then what
+# plans say of memory and speed against what is measured, ten minutes, written to docs/benchmarks/.
 gpu-check: setup
 	$(BIN)/python -m pytest --override-ini addopts="-ra --import-mode=importlib" tests/gpu
+	$(BIN)/python benchmarks/memory_on_gpu.py
 
 format: setup
 	$(BIN)/ruff format .

@@ -99,7 +99,7 @@ def trace_all(
     Raises:
         UserError: with the reason, when a step cannot be traced, or not in time.
     """
-    requests = [_normalized(request) for request in requests]
+    requests = [normalized(request) for request in requests]
     keys = [_key(request) for request in requests]
     found = {key: find_cached(_KIND, key, _SUFFIX) for key in keys}
     missing = {k: r for k, r in zip(keys, requests, strict=True) if found[k] is None}
@@ -135,7 +135,8 @@ _UNRELATED = (
 )  # fmt: skip
 
 
-def _normalized(request: TraceRequest) -> TraceRequest:
+def normalized(request: TraceRequest) -> TraceRequest:
+    """The request without what a step's memory does not depend on: equal steps, equal requests."""
     defaults = TrainRecipe()
     same = {name: getattr(defaults, name) for name in _UNRELATED}
     recipe = dataclasses.replace(

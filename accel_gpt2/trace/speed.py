@@ -39,8 +39,11 @@ _MOST_DOCUMENTS = 100_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredSpeed:
-    """What was run and measured; `recipe` may have a smaller batch than the one that was asked
-    for, where a minute is too short for it."""
+    """What was run and measured.
+
+    `recipe` may have a smaller batch than the one that was asked for, where a minute is too short
+    for it. `peak_memory_bytes` are allocated on a GPU, and of the whole process on a CPU.
+    """
 
     recipe: TrainRecipe
     record: CalibrationRecord

@@ -17,7 +17,7 @@ from transformers.utils import import_utils
 
 from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.trace import pretend
-from accel_gpt2.trace.memory import TracedMemory, TraceRequest
+from accel_gpt2.trace.memory import TracedMemory, TraceRequest, normalized
 from accel_gpt2.trace.step import StockLoss, autocast, training_step
 from accel_gpt2.trace.tracker import MemoryTracker
 from accel_gpt2.train.model import build_model, fresh_config
@@ -61,6 +61,7 @@ def trace(request: TraceRequest) -> TracedMemory:
     The peak of each moment is an affine function of the depth and, between the first block and the
     last, of the block's number: what comes out is what tracing the deep model would give.
     """
+    request = normalized(request)
     config = _config(request)
     n_layer: int = config.num_hidden_layers
     if request.whole or n_layer <= _FOUR or not _blocks_are_alike(config):
@@ -159,12 +160,7 @@ def _run(
         _watch(final.transformers_model, marker, number)
 
     def micro_batch() -> tuple[Tensor, ...]:
-        arrays = model.collate(documents, labels, epoch=0)
-        tensors = to_device(arrays, device)
-        for tensor, array in zip(tensors, arrays, strict=True):
-            if array.dtype == np.bool_:
-                tracker.know_mask(tensor, array)
-        return tensors
+        return to_device(model.collate(documents, labels, epoch=0), device)
 
     trained = StockLoss(model.finals[0].transformers_model) if request.stock_loss else model
     with unset_fake_temporarily():  # bitsandbytes computes its tables of 8-bit numbers

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -39,6 +39,7 @@ _WORKSPACES: dict[Any, Callable[..., int]] = {
     _aten.logsumexp.default: _logsumexp_bytes,
     _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward_bytes,
 }
+_COPYING = {_aten.lift_fresh.default, _aten._to_copy.default, _aten.all.default}
 _COMPARING = {_aten.allclose.default, _aten.equal.default}
 
 
@@ -50,7 +51,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     does not pass by here: `_WORKSPACES` has what is large.
 
     Fake tensors have no contents. Where Python branches on a number it is told 1, which is true,
-    and a mask marks everything, unless `know_mask` has said what it holds.
+    and a mask marks everything, unless it was made from a real one.
 
     Args:
         device_type: the device that is counted.
@@ -93,10 +94,6 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         rounding = self._rounding_bytes
         return -(-tensor.untyped_storage().nbytes() // rounding) * rounding
 
-    def know_mask(self, mask: Tensor, contents: NDArray[np.bool_]) -> None:
-        """Say what a bool tensor holds."""
-        self._masks[mask.untyped_storage()] = contents
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
@@ -107,6 +104,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return True
         if func is _aten.nonzero.default:
             return self._nonzero(args[0])
+        mask = self._mask(args[0]) if func in _COPYING else None
         if func is _aten._to_copy.default and not isinstance(args[0], FakeTensor):
             args = [torch.empty_like(args[0]), *args[1:]]
         if func in _INDEXING:
@@ -114,9 +112,10 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         if (workspace := _WORKSPACES.get(func)) is not None:
             self._note_peak(workspace(*args))
-        if func is _aten.all.default and args[0].untyped_storage() in self._masks:
-            contents = self._masks[args[0].untyped_storage()]
-            self._masks[result.untyped_storage()] = np.asarray(contents.all())
+        if mask is not None:
+            if func is _aten.all.default:
+                mask = np.asarray(mask.all())
+            self._masks[result.untyped_storage()] = mask
         if func is _aten.add.Tensor and _sums_gradients(*args[:2]):
             self._free(self._tokens.get(args[0].untyped_storage()))
         for leaf in tree_leaves(result):
@@ -133,14 +132,24 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         peak = self.current_bytes + workspace_bytes
         self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), peak)
 
+    def _mask(self, tensor: Tensor) -> NDArray[np.bool_] | None:
+        """What a bool tensor holds, where that is known."""
+        if tensor.dtype != torch.bool:
+            return None
+        if not isinstance(tensor, FakeTensor):
+            with _disable_current_modes():
+                return tensor.clone().numpy()
+        contents: NDArray[np.bool_] | None = self._masks.get(tensor.untyped_storage())
+        return contents
+
     def _scalar(self, tensor: Tensor) -> bool | int | float:
-        contents = self._masks.get(tensor.untyped_storage())
+        contents = self._mask(tensor)
         if contents is not None:
-            return bool(contents)
+            return bool(contents.all())
         return 1.0 if tensor.is_floating_point() else 1
 
     def _nonzero(self, mask: Tensor) -> Tensor:
-        contents = self._masks.get(mask.untyped_storage())
+        contents = self._mask(mask)
         count = mask.numel() if contents is None else int(contents.sum())
         found = torch.empty((count, mask.ndim), dtype=torch.int64, device=mask.device)
         self.count(found)
