@@ -101,15 +101,16 @@ _HOST_SECONDS_PER_STEP = 2e-3
 _HOST_SECONDS_PER_TENSOR = {"adamw": 0.0, "adamw_8bit": 5e-5, "adafactor": 2e-4}
 _TENSORS_PER_LAYER = 12
 
-# A CPU: fp32 products of two busy cores of a server (25 to 60 measured, docs/benchmarks), what
-# elementwise kernels move there, and what a step's Python costs. Machines differ by a factor.
+# Fitted to gpt2-tiny and gpt2-mini on one core of a server (docs/benchmarks,
+# 2026-11-23-throughput-model.md). More cores are faster and a busy machine is slower, so the range
+# around a plan for a CPU is wide until it was measured.
 CPU = Device(
-    matmul_flops=30e9,
-    fp32_matmul_flops=30e9,
+    matmul_flops=100e9,
+    fp32_matmul_flops=100e9,
     half_width=128.0,
     bytes_per_second=5e9,
     host_seconds_per_layer=1e-3,
-    source="a CPU of two server cores",
+    source="one core of a server's CPU",
 )
 _CPU_BF16_SHARE = 0.01  # torch has fast bf16 products on few CPUs; elsewhere 1/100 was measured
 

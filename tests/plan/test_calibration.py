@@ -18,10 +18,15 @@ from accel_gpt2.plan.calibration import (
     calibrated_memory,
     read_records,
 )
+from accel_gpt2.plan.data import dataset_statistics
 from accel_gpt2.plan.memory import MemoryPlan, plan_memory
-from accel_gpt2.recipe import TrainRecipe
+from accel_gpt2.plan.throughput import cold_tokens_per_second
+from accel_gpt2.recipe import Layer, TrainRecipe, resolve
 
 from .records import record
+
+# Tokens per second.
+PREDICTED = {"cpu": 5622, "rtx4070ti": 40762, "a100-80": 132506}
 
 
 def _residual(
@@ -165,3 +170,22 @@ def test_reserved_memory_is_what_was_seen_and_never_less_than_allocated() -> Non
     assert more.phases == plan.phases
     less = calibrated(0.2)
     assert less.reserved.expected == less.reserved.low == plan.allocated_bytes
+
+
+def test_the_version_says_which_arithmetic_residuals_are_of() -> None:
+    """Whoever changes what is predicted raises FORMULA_VERSION, because measurements made before
+    were compared with other predictions; then the figures here follow."""
+    predicted = {}
+    for profile, values in (
+        ("cpu", {"model": "gpt2-tiny"}),
+        ("rtx4070ti", {"mixed_precision": "bf16"}),
+        ("a100-80", {"mixed_precision": "bf16", "finetuning": "lora"}),
+    ):
+        recipe = resolve([Layer(origin="test", values=values)]).recipe
+        row, model = PROFILES[profile], MODELS[recipe.model]
+        data = dataset_statistics(recipe)
+        assert data is not None
+        strategy = STRATEGIES["single"]
+        speed = cold_tokens_per_second(recipe, model, row, strategy, data)
+        predicted[profile] = round(speed)
+    assert (FORMULA_VERSION, predicted) == (1, PREDICTED)
