@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 import accel_gpt2
-from accel_gpt2.catalog.optimizers import OPTIMIZERS
 from accel_gpt2.classify.parts import Part
 from accel_gpt2.classify.prepare import PreparedData
 from accel_gpt2.plan.steps import num_saves
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.objective import TrainedModel
+from accel_gpt2.train.optim import optimizer_state_bytes
 from accel_gpt2.train.progress import TrainProgress
 from accel_gpt2.train.quantized import num_weights
 from accel_gpt2.train.schedule import BatchSchedule
@@ -44,15 +44,14 @@ def describe_plan(
         model: of the first part; those of the others are of the same size.
         steps: optimizer steps of each part.
     """
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parameters = list(model.finals[0].parameters())
     num_parameters = sum(num_weights(p) for p in parameters)
     num_trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    # Weights in fp32 and what the optimizer keeps; random states and JSON are a few KiB.
-    state_bytes = OPTIMIZERS[recipe.optimizer].state_bytes_per_parameter
-    checkpoint_bytes = round((4 + state_bytes) * trained)
-    exported = len(model.finals) * (
-        num_parameters if recipe.finetuning == "full" else num_trainable
+    # Weights and what the optimizer keeps; random states and JSON are a few KiB.
+    checkpoint_bytes = sum(p.nbytes for p in trained) + optimizer_state_bytes(trained, recipe)
+    exported_bytes = len(model.finals) * sum(
+        p.nbytes for p in parameters if recipe.finetuning == "full" or p.requires_grad
     )
     own = [part.own(data.train) for part in parts]
     saves = [
@@ -83,10 +82,10 @@ def describe_plan(
         "checkpoint_bytes": checkpoint_bytes,
         # The last N, the best one and `final/`; what is saved once cannot be kept twice.
         "kept_bytes": sum(
-            checkpoint_bytes * min(count, recipe.keep_checkpoints + 1) + 4 * exported
+            checkpoint_bytes * min(count, recipe.keep_checkpoints + 1) + exported_bytes
             for count in saves
         ),
-        "written_bytes": sum(checkpoint_bytes * count + 4 * exported for count in saves),
+        "written_bytes": sum(checkpoint_bytes * count + exported_bytes for count in saves),
         "truncated_documents": {
             "train": int(data.train.truncated.sum()),
             "validation": int(data.validation.truncated.sum()),

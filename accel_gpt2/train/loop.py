@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 
 from accel_gpt2.catalog.gpus import GpuSpec
-from accel_gpt2.catalog.optimizers import OPTIMIZERS
 from accel_gpt2.data.batching import Indices, split_micro_batches
 from accel_gpt2.data.tokenized import TokenizedDocuments
 from accel_gpt2.errors import UserError
@@ -44,7 +43,12 @@ from accel_gpt2.train.nonfinite import (
     write_nonfinite_step,
 )
 from accel_gpt2.train.objective import TrainedModel, to_device
-from accel_gpt2.train.optim import build_optimizer, learning_rate_at, load_optimizer_state
+from accel_gpt2.train.optim import (
+    build_optimizer,
+    learning_rate_at,
+    load_optimizer_state,
+    optimizer_state_bytes,
+)
 from accel_gpt2.train.processes import gather_objects, on_first_process
 from accel_gpt2.train.progress import TrainProgress, describe_step
 from accel_gpt2.train.schedule import BatchSchedule
@@ -175,7 +179,7 @@ def train_class(
             plain_model,
             job.documents,
             micro_batch_tokens=recipe.micro_batch_tokens,
-            reserved_bytes=0 if resumed else _optimizer_bytes(parameters, recipe),
+            reserved_bytes=0 if resumed else optimizer_state_bytes(parameters, recipe),
             accelerator=accelerator,
             on_halved=on_halved,
         )
@@ -435,12 +439,6 @@ def _where(identity: Identity, state: TrainState, schedule: BatchSchedule) -> di
         "step": state.step,
         "epoch": round(epoch, 4),
     }
-
-
-def _optimizer_bytes(parameters: Sequence[torch.Tensor], recipe: TrainRecipe) -> int:
-    """What the optimizer's first step adds on the device."""
-    per_parameter = OPTIMIZERS[recipe.optimizer].state_bytes_per_parameter
-    return int(per_parameter * sum(parameter.numel() for parameter in parameters))
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:

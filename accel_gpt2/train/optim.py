@@ -1,13 +1,14 @@
 """The optimizer and the learning rate of a step."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from accel_gpt2.catalog.optimizers import OPTIMIZERS
 from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.bf16 import Bf16Optimizer
@@ -76,6 +77,18 @@ def load_optimizer_state(
     optimizer.load_state_dict({**saved, "state": state})
     for group, own in zip(optimizer.param_groups, options, strict=True):
         group.update(own)
+
+
+def optimizer_state_bytes(parameters: Iterable[Tensor], recipe: TrainRecipe) -> int:
+    """What the recipe's optimizer keeps for these trained parameters, from its first step on."""
+    row = OPTIMIZERS[recipe.optimizer]
+    total = 0.0
+    for parameter in parameters:
+        bf16 = parameter.dtype == torch.bfloat16
+        total += row.state_bytes(parameter.shape, bf16=bf16)
+        if bf16 and recipe.bf16_rounding == "kahan":
+            total += parameter.nbytes
+    return round(total)
 
 
 def learning_rate_at(step: int, total_steps: int, recipe: TrainRecipe) -> float:

@@ -97,6 +97,16 @@ def test_bf16_weights_learn_and_stay_bf16(bf16_run: Path) -> None:
         assert (state["exp_avg"].dtype, state["exp_avg_sq"].dtype) == (torch.bfloat16,) * 2
 
 
+def test_a_bf16_run_says_what_it_writes(bf16_run: Path) -> None:
+    """The bytes that were announced are those of the files, but for the names in them."""
+    plan = json.loads((bf16_run / "plan.json").read_text())
+    checkpoint = list_checkpoints(next(bf16_run.glob("class-0-*")))[0]
+    files = [checkpoint / name for name in ("model.safetensors", "optimizer.pt")]
+    written = sum(file.stat().st_size for file in files)
+    assert plan["checkpoint_bytes"] == 6 * plan["num_trainable_parameters"]
+    assert written == pytest.approx(plan["checkpoint_bytes"], rel=0.1)
+
+
 def test_the_export_scores_as_the_training_did(bf16_run: Path, bf16_recipe: ResolvedRecipe) -> None:
     """Read back, the model gives the validation documents the very numbers of its last
     evaluation; plain transformers reads bf16 and gives the same up to bf16's logits."""

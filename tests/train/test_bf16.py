@@ -21,7 +21,11 @@ from accel_gpt2.catalog.optimizers import OPTIMIZERS
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.bf16 import cast_to_bf16, round_stochastically
 from accel_gpt2.train.model import build_model
-from accel_gpt2.train.optim import build_optimizer, load_optimizer_state
+from accel_gpt2.train.optim import (
+    build_optimizer,
+    load_optimizer_state,
+    optimizer_state_bytes,
+)
 
 ALL = tuple(itertools.product(("adamw", "adamw_8bit", "adafactor"), ("stochastic", "kahan")))
 
@@ -290,12 +294,12 @@ def test_the_state_takes_what_the_catalog_says(
         for key, value in state.items()
         if isinstance(value, Tensor) and key not in shared
     )
-    bf16 = of.mixed_precision == "pure_bf16"
     row = OPTIMIZERS[of.optimizer]
+    bf16 = of.mixed_precision == "pure_bf16"
     expected = sum(row.state_bytes(x.shape, bf16=bf16) for x in model.parameters())
     if of.bf16_rounding == "kahan":
         expected += 2 * sum(parameter.numel() for parameter in model.parameters())
-    assert kept == expected
+    assert kept == expected == optimizer_state_bytes(model.parameters(), of)
 
 
 def test_buffers_and_what_is_not_of_the_model_stay_fp32() -> None:
