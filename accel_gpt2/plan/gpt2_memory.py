@@ -559,7 +559,10 @@ class Gpt2Step:
         ]
 
     def _losses(self) -> list[list[MemoryTerm]]:
-        rows = 4 * min(self.recipe.loss_chunk_tokens, self.tokens) * self.model.n_embd
+        # Autocast's copy of a chunk's rows, and their gradient, unless the peak is at the head's.
+        width = 2 if self.autocast else 0
+        width += 0 if self.full and self.compute == 2 else self.compute
+        rows = width * min(self.recipe.loss_chunk_tokens, self.tokens) * self.model.n_embd
         return [
             [
                 *self.forward_copies(),
