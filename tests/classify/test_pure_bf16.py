@@ -98,13 +98,13 @@ def test_bf16_weights_learn_and_stay_bf16(bf16_run: Path) -> None:
 
 
 def test_a_bf16_run_says_what_it_writes(bf16_run: Path) -> None:
-    """The bytes that were announced are those of the files, but for the names in them."""
+    """The bytes that were announced are those of the files, but for what surrounds small tensors."""
     plan = json.loads((bf16_run / "plan.json").read_text())
     checkpoint = list_checkpoints(next(bf16_run.glob("class-0-*")))[0]
     files = [checkpoint / name for name in ("model.safetensors", "optimizer.pt")]
     written = sum(file.stat().st_size for file in files)
     assert plan["checkpoint_bytes"] == 6 * plan["num_trainable_parameters"]
-    assert written == pytest.approx(plan["checkpoint_bytes"], rel=0.1)
+    assert written == pytest.approx(plan["checkpoint_bytes"], rel=0.15)
 
 
 def test_the_export_scores_as_the_training_did(bf16_run: Path, bf16_recipe: ResolvedRecipe) -> None:
