@@ -98,7 +98,7 @@ def test_bf16_weights_learn_and_stay_bf16(bf16_run: Path) -> None:
 
 
 def test_a_bf16_run_says_what_it_writes(bf16_run: Path) -> None:
-    """The bytes that were announced are those of the files, but for what surrounds small tensors."""
+    """The bytes announced are those of the files, but for what surrounds small tensors."""
     plan = json.loads((bf16_run / "plan.json").read_text())
     checkpoint = list_checkpoints(next(bf16_run.glob("class-0-*")))[0]
     files = [checkpoint / name for name in ("model.safetensors", "optimizer.pt")]
