@@ -38,7 +38,7 @@ def cast_to_bf16(model: TrainedModel) -> None:
                 parameter.data = parameter.data.bfloat16()
 
 
-def round_stochastically(source: Tensor, target: Tensor, generator: torch.Generator | None) -> None:
+def round_stochastically(source: Tensor, target: Tensor, generator: torch.Generator) -> None:
     """Write fp32 numbers into a bf16 tensor, each as one of its two neighbours by chance.
 
     The nearer one is the likelier, so that the mean is the number itself; what bf16 can hold stays
