@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from transformers import GPT2Config
 
 from accel_gpt2.classify.evaluate import evaluate_run
 from accel_gpt2.classify.fit import fit
@@ -40,6 +41,8 @@ def two_processes(
     texts_file = write_texts(folder / "texts.csv", documents_per_class=30, num_classes=2)
     changes = {**ROUNDING_STAYS_SMALL, "micro_batch_tokens": 64}
     base = str(next(trained_run.glob("class-0-*/final")))
+    narrow = GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=64)
+    narrow.save_pretrained(folder / "narrow")
     adapter = {"model": base, "init": "pretrained", "tokenizer": "auto"}
     recipes: dict[str, dict[str, Any]] = {
         "full": {},
@@ -48,6 +51,12 @@ def two_processes(
         "hybrid": {"objective": "hybrid"},
         "classification": {"objective": "classification"},
         "masked_lm": {"objective": "masked_lm", "model": "roberta-tiny"},
+        "bf16": {
+            "model": str(folder / "narrow"),  # CPUs are slow in bf16
+            "init": "scratch",
+            "tokenizer": "train",
+            "mixed_precision": "pure_bf16",
+        },
     }
     with socket.socket() as free, pytest.MonkeyPatch.context() as patch:
         free.bind(("127.0.0.1", 0))
@@ -79,7 +88,7 @@ def two_processes(
             for rank in range(2)
         ]
     try:
-        talk = [process.communicate(timeout=240)[0] for process in processes]
+        talk = [process.communicate(timeout=480)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -109,17 +118,33 @@ def test_two_processes_train_the_model_of_one(two_processes: Path, recipe: str) 
     assert metrics[0]["confusion_matrix"] == metrics[1]["confusion_matrix"]
 
 
-@pytest.mark.parametrize("number", [4, 8], ids=["within-an-epoch", "at-its-end"])
-@pytest.mark.parametrize("finetuning", ["full", "lora"])
+def test_two_processes_round_bf16_weights_alike(two_processes: Path) -> None:
+    """After every step both processes hold the same bits; losses are one process's, up to what
+    bf16 gradients lose when they are added in another order."""
+    seen = _seen(two_processes)
+    assert len(seen[0]["weights"]) == 16
+    assert len(set(seen[0]["weights"])) == 16
+    assert seen[0]["weights"] == seen[1]["weights"]
+    of_one, of_two = (
+        np.array([x[2] for x in losses(two_processes / f"{number}-bf16")])
+        for number in ("one", "two")
+    )
+    np.testing.assert_allclose(of_two, of_one, rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "number"),
+    [("full", 4), ("full", 8), ("lora", 4), ("lora", 8), ("bf16", 4)],  # 8: at an epoch's end
+)
 def test_two_processes_stopped_and_resumed_are_the_same(
-    two_processes: Path, finetuning: str, number: int
+    two_processes: Path, recipe: str, number: int
 ) -> None:
     """A signal to one process stops both, agreed and saved; bit for bit, losses and tensors."""
-    run = two_processes / f"two-{finetuning}-stopped-{number}"
+    run = two_processes / f"two-{recipe}-stopped-{number}"
     seen = _seen(two_processes)
     assert [rank[run.name] for rank in seen] == [ExitCode.STOPPED, ExitCode.STOPPED]
     assert any(row["event"] == "resume" for row in read_log(run))
-    whole = two_processes / f"two-{finetuning}"
+    whole = two_processes / f"two-{recipe}"
     assert_close_models(run, whole, rtol=0)
     assert losses(run) == losses(whole)
 

@@ -6,6 +6,7 @@ longer than they do. What each rank saw is left in `rank-<n>.json`.
 
 import dataclasses
 import gc
+import hashlib
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from accel_gpt2.classify.fit import fit
 from accel_gpt2.data.tokenized import TokenizedDocuments
 from accel_gpt2.errors import StoppedEarly, UserError
 from accel_gpt2.recipe import ResolvedRecipe, read_layer, resolve
+from accel_gpt2.train.bf16 import Bf16Optimizer
 from accel_gpt2.train.causal import LanguageModel
 from accel_gpt2.train.model import load_final
 from accel_gpt2.train.processes import build_accelerator
@@ -37,19 +39,26 @@ def main(folder: Path) -> None:
     gc.freeze()  # what the imports made is no garbage, and looking through it takes long
     full = resolve([read_layer(folder / "full.yaml")])
     lora = resolve([read_layer(folder / "lora.yaml")])
+    bf16 = resolve([read_layer(folder / "bf16.yaml")])
     seen: dict[str, object] = {}
-    for path in sorted(folder.glob("*.yaml")):
-        name, recipe = path.stem, resolve([read_layer(path)])
-        fit(recipe, folder / f"two-{name}", quiet=True)
-        evaluate_run(folder / f"two-{name}", quiet=True)
+    with bf16_weights_noted() as seen["weights"]:
+        for path in sorted(folder.glob("*.yaml")):
+            name, recipe = path.stem, resolve([read_layer(path)])
+            fit(recipe, folder / f"two-{name}", quiet=True)
+            evaluate_run(folder / f"two-{name}", quiet=True)
     seen["scores"] = fewer_documents_than_processes(full, folder / "two-full").tolist()
 
     # In the middle of an epoch and at its end; both recipes accumulate.
-    for name, recipe in (("full", full), ("lora", lora)):
-        for number in (4, 8):
-            run = folder / f"two-{name}-stopped-{number}"
-            seen[run.name] = stopped_at_question(number, recipe, run)
-            fit(recipe, run, quiet=True)
+    for name, recipe, number in (
+        ("full", full, 4),
+        ("full", full, 8),
+        ("lora", lora, 4),
+        ("lora", lora, 8),
+        ("bf16", bf16, 4),
+    ):
+        run = folder / f"two-{name}-stopped-{number}"
+        seen[run.name] = stopped_at_question(number, recipe, run)
+        fit(recipe, run, quiet=True)
 
     # Another number of processes: one goes on from what two have written, and the reverse.
     seen["to-one"] = stopped_at_question(4, full, folder / "two-to-one")
@@ -96,6 +105,25 @@ def stopped_at_question(number: int, recipe: ResolvedRecipe, run: Path, *, rank:
         except StoppedEarly as stopped:
             return int(stopped.exit_code)
     return 0
+
+
+@contextmanager
+def bf16_weights_noted() -> Iterator[list[str]]:
+    """A digest of this process's weights after each step of an optimizer of bf16 weights."""
+    step = Bf16Optimizer.step
+    digests: list[str] = []
+
+    def noting(self: Bf16Optimizer, closure: None = None) -> None:
+        step(self)
+        digest = hashlib.sha256()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                digest.update(parameter.detach().view(torch.int16).numpy().tobytes())
+        digests.append(digest.hexdigest())
+
+    Bf16Optimizer.step = noting  # type: ignore[method-assign]
+    yield digests
+    Bf16Optimizer.step = step  # type: ignore[method-assign]
 
 
 @contextmanager
