@@ -494,7 +494,7 @@ class Gpt2Step:
             "forward": self._forward(),
             "loss backward": self._loss(),
             "block backward": self._blocks(),
-            "embedding backward": self._embedding() if self.full else [],
+            "embedding backward": self._embedding(),
             "optimizer step": self._optimizer(),
             "evaluation": self._evaluation(),
             "checkpoint saving": self._saving(),
@@ -739,6 +739,17 @@ class Gpt2Step:
         )
 
     def _embedding(self) -> list[MemoryTerm]:
+        if not self.full:
+            if not self.recipe.gradient_checkpointing:
+                return []  # no gradient comes so far
+            return [
+                self.all_gradients("all that the step makes"),
+                _term(
+                    "gradient of the input",
+                    3 * self.stream * self.nd,
+                    f"{self.nd:,} x {self.stream} bytes, the embedding and its gradient beside it",
+                ),
+            ]
         sums = "the head's, and the embedding's to be added to it"
         return [
             self.all_gradients("all that the step makes"),
