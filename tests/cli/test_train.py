@@ -345,7 +345,7 @@ import os, runpy, sys
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name == "torch":
+        if name.startswith("torch."):  # torch itself is also looked for without being imported
             print(os.environ.get("PYTORCH_ALLOC_CONF"))
             sys.stdout.flush()
             os._exit(0)
