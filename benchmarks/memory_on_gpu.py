@@ -173,8 +173,7 @@ CASES = (
     _case(_LARGEST, "no", "1x512", **_LARGE),
 )
 
-# In fp32, and without bitsandbytes: on a CPU its optimizer makes fp32 copies that its GPU kernels do
-# without.
+# In fp32, and without bitsandbytes, which on a CPU makes fp32 copies that its GPU kernels do not.
 TINY_CASES = tuple(
     _case("gpt2-tiny", "no", shape, **options)
     for shape, options in (

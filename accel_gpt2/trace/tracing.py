@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.utils import import_utils
 
 from accel_gpt2.catalog.models import MODELS
+from accel_gpt2.errors import UserError
 from accel_gpt2.trace import pretend
 from accel_gpt2.trace.memory import TracedMemory, TraceRequest, normalized
 from accel_gpt2.trace.step import StockLoss, autocast, training_step
@@ -60,8 +61,17 @@ def trace(request: TraceRequest) -> TracedMemory:
 
     The peak of each moment is an affine function of the depth and, between the first block and the
     last, of the block's number: what comes out is what tracing the deep model would give.
+
+    Raises:
+        UserError: when the model cannot be built, or its base is in 4 bits.
     """
     request = normalized(request)
+    if request.recipe.finetuning == "qlora":
+        raise UserError(
+            "A base in 4 bits is not traced: bitsandbytes' weights are tensors of a kind of their "
+            "own, which cannot be without contents; plan a GPT-2 language model, or --finetuning "
+            "lora."
+        )
     config = _config(request)
     n_layer: int = config.num_hidden_layers
     if request.whole or n_layer <= _FOUR or not _blocks_are_alike(config):
