@@ -86,7 +86,7 @@ def _facts(plan: RunPlan, option: Option) -> list[tuple[str, str]]:
     )
     facts = [
         ("memory", f"{_of_usable(option)}: {option.verdict}"),
-        ("peak", memory.advice),
+        ("peak", memory.advice(recipe)),
         ("step", f"{batch}, in micro batches of {recipe.micro_batch_tokens:,} padded tokens"),
     ]
     needs = [
@@ -259,7 +259,7 @@ def _option_document(option: Option) -> dict[str, object]:
             "reserved_range": _range(memory.reserved),
             "device_range": _range(option.device),
             "peak_phase": memory.peak.name,
-            "advice": memory.advice,
+            "advice": memory.advice(option.recipe),
             "terms": [dataclasses.asdict(term) for term in memory.terms],
             "phases": [{"name": phase.name, "bytes": phase.bytes} for phase in memory.phases],
             "source": memory.source,

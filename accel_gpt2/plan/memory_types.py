@@ -3,27 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.units import format_bytes
 
 Verdict = Literal["fits", "tight", "does not fit"]
 Source = Literal["closed form", "trace"]
-
-# What lowers a term. Where a term has two remedies, the one that changes the training less.
-_ADVICE = {
-    "parameters": "give --finetuning qlora, or a smaller model",
-    "gradients": "give --finetuning lora",
-    "optimizer state": "give --optimizer adamw_8bit or adafactor",
-    "optimizer temporaries": "give --finetuning lora",
-    "saved activations": "give --gradient-checkpointing",
-    "block inputs": "halve micro_batch_tokens with --set",
-    "recomputed block": "halve micro_batch_tokens with --set",
-    "backward of a block": "halve micro_batch_tokens with --set",
-    "16-bit copies of weights": "give --mixed-precision pure_bf16",
-    "logits of a chunk": "halve loss_chunk_tokens with --set",
-    "logits": "train with the chunked loss",
-    "outputs kept": "train with the chunked loss",
-    "DDP buckets": "train one class per GPU, which exchanges nothing",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,14 +90,43 @@ class MemoryPlan:
             return "fits"
         return "tight" if self.device.expected <= self.usable_bytes else "does not fit"
 
-    @property
-    def advice(self) -> str:
-        """One sentence: what to change to lower the peak."""
-        reducible = [term for term in self.terms if term.name in _ADVICE]
-        if not reducible:
+    def advice(self, recipe: TrainRecipe) -> str:
+        """One sentence: what to change in this recipe, which the plan is of, to lower the peak."""
+        remedies = [(term, _remedy(term.name, recipe)) for term in self.terms]
+        possible = [(term, remedy) for term, remedy in remedies if remedy is not None]
+        if not possible:
             return f"The peak is at {self.peak.name}; take a smaller model or a larger machine."
-        largest = max(reducible, key=lambda term: term.bytes)
+        largest, remedy = max(possible, key=lambda pair: pair[0].bytes)
         return (
             f"The peak is at {self.peak.name}, and {format_bytes(largest.bytes)} of it are "
-            f"{largest.name}: {_ADVICE[largest.name]}."
+            f"{largest.name}: {remedy}."
         )
+
+
+def _remedy(term: str, recipe: TrainRecipe) -> str | None:
+    """What lowers a term, where this recipe does not do it already.
+
+    Where a term has two remedies, the one that changes the training less.
+    """
+    pretrained = recipe.init == "pretrained"
+    match term:
+        case "optimizer state" if recipe.optimizer == "adamw":
+            return "give --optimizer adamw_8bit"
+        case "optimizer state" | "optimizer temporaries" | "gradients":
+            lora_helps = pretrained and recipe.finetuning == "full"
+            return "give --finetuning lora" if lora_helps else None
+        case "parameters" if pretrained and recipe.finetuning != "qlora":
+            return "give --finetuning qlora, or a smaller model"
+        case "saved activations":
+            return "give --gradient-checkpointing"
+        case "16-bit copies of weights" | "autocast's cache":
+            return "give --mixed-precision pure_bf16"
+        case "block inputs" | "recomputed block" | "backward of a block":
+            return "halve micro_batch_tokens with --set"
+        case "logits of a chunk":
+            return "halve loss_chunk_tokens with --set"
+        case "logits" | "outputs kept":
+            return "train with the chunked loss"
+        case "DDP buckets":
+            return "train one class per GPU, which exchanges nothing"
+    return None

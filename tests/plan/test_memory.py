@@ -104,7 +104,7 @@ def test_terms_are_whole_and_add_up(
     assert plan.terms == plan.peak.terms
     assert plan.host_bytes > 0
     assert plan.disk_bytes > 0
-    assert plan.peak.name in plan.advice
+    assert plan.peak.name in plan.advice(recipe)
 
 
 @given(recipes, shapes, profiles, st.sampled_from(sorted(STRATEGIES)), st.booleans(), st.data())
@@ -279,11 +279,22 @@ def test_advice_is_about_what_is_largest() -> None:
     """What a person is told to change is in the peak phase, and changing it lowers the peak."""
     recipe = TrainRecipe(mixed_precision="bf16", micro_batch_tokens=16384)
     plan = _plan(recipe, MODELS["gpt2"], longest_tokens=1024)
-    assert "give --gradient-checkpointing" in plan.advice
+    assert "give --gradient-checkpointing" in plan.advice(recipe)
     changed = dataclasses.replace(recipe, gradient_checkpointing=True)
     assert _plan(changed, MODELS["gpt2"], longest_tokens=1024).allocated_bytes < (
         plan.allocated_bytes / 2
     )
+
+
+def test_advice_is_not_what_the_recipe_does_already() -> None:
+    """With 8-bit states the next step is LoRA, and from random weights, where none helps, neither."""
+    recipe = TrainRecipe(
+        mixed_precision="pure_bf16", optimizer="adamw_8bit", gradient_checkpointing=True
+    )
+    plan = _plan(recipe, MODELS["gpt2-xl"], longest_tokens=1024)
+    assert "--optimizer" not in plan.advice(recipe)
+    scratch = dataclasses.replace(recipe, init="scratch")
+    assert "lora" not in _plan(scratch, MODELS["gpt2-xl"], longest_tokens=1024).advice(scratch)
 
 
 def test_ddp_has_no_share_and_a_second_copy_of_the_gradients() -> None:
