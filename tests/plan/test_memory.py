@@ -287,7 +287,7 @@ def test_advice_is_about_what_is_largest() -> None:
 
 
 def test_advice_is_not_what_the_recipe_does_already() -> None:
-    """With 8-bit states the next step is LoRA, and from random weights, where none helps, neither."""
+    """With 8-bit states no other optimizer is named, and random weights have no use for LoRA."""
     recipe = TrainRecipe(
         mixed_precision="pure_bf16", optimizer="adamw_8bit", gradient_checkpointing=True
     )
