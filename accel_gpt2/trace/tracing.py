@@ -282,11 +282,12 @@ def _blocks(model: Any) -> nn.ModuleList:
 
 
 def _documents(request: TraceRequest) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
-    """A full micro batch. Its last document is a token shorter, as there always is one: so an
-    encoder needs its mask."""
+    """A full micro batch. An encoder's last document is a token shorter, as there always is one:
+    without padding its attention would need no mask."""
     length = request.longest_tokens
     count = max(1, request.recipe.micro_batch_tokens // (length - 1))
-    lengths = [length] * (count - 1) + [length - (count > 1)]
+    shorter = count > 1 and request.recipe.objective in {"masked_lm", "classification"}
+    lengths = [length] * (count - 1) + [length - shorter]
     return [np.full(each, 3) for each in lengths], np.zeros(count, dtype=np.int64)
 
 

@@ -23,11 +23,6 @@ _INDEXING = {
 }
 
 
-def _logsumexp_bytes(logits: Tensor, *_: object) -> int:
-    """aten/src/ATen/native/ReduceOps.cpp, logsumexp_out_impl: exp(logits - maxima)."""
-    return logits.numel() * logits.itemsize
-
-
 def _flash_backward_bytes(_: Tensor, query: Tensor, *__: object) -> int:
     """flash_attn/flash_api.cpp, mha_bwd: dq_accum and softmax_d in fp32, padded."""
     documents, heads, tokens, head_size = query.shape
@@ -36,7 +31,6 @@ def _flash_backward_bytes(_: Tensor, query: Tensor, *__: object) -> int:
 
 
 _WORKSPACES: dict[Any, Callable[..., int]] = {
-    _aten.logsumexp.default: _logsumexp_bytes,
     _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward_bytes,
 }
 _COPYING = {_aten.lift_fresh.default, _aten._to_copy.default, _aten.all.default}

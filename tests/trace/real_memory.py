@@ -28,7 +28,9 @@ def real_peak_bytes(request: TraceRequest) -> tuple[int, int]:
         log_prior=np.log([0.5, 0.5]),
     )
     count = recipe.micro_batch_tokens // (request.longest_tokens - 1)
-    lengths = [request.longest_tokens] * (count - 1) + [request.longest_tokens - 1]
+    lengths = [request.longest_tokens] * count
+    if recipe.objective in {"masked_lm", "classification"}:
+        lengths[-1] -= 1  # padding, and so a mask
     documents, labels = [np.full(length, 3) for length in lengths], np.zeros(count, dtype=np.int64)
     trained = StockLoss(model.finals[0].model) if request.stock_loss else model
     optimizer = build_optimizer(model, recipe)
