@@ -353,7 +353,7 @@ def _run(case: Case, device: torch.device) -> tuple[int, float]:
     trained = StockLoss(model.model) if case.stock else model
     scaler = None
     if case.precision == "fp16":
-        # A scale at which nothing overflows: a skipped step would leave the optimizer without state.
+        # Nothing overflows at this scale: a skipped step leaves the optimizer without state.
         scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
     random = np.random.default_rng(0)
     vocab_size = MODELS[case.model].vocab_size
