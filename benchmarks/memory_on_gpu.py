@@ -87,6 +87,7 @@ class Case:
             *([self.optimizer] if self.optimizer != "adamw" else []),
             *(["checkpointing"] if self.checkpointing else []),
             *([f"{self.accumulation} micro batches"] if self.accumulation > 1 else []),
+            *(["no dropout"] if self.dropout == 0 else []),
             *(["stock loss"] if self.stock else []),
         ]
         return ", ".join(parts)
