@@ -139,3 +139,12 @@ _ROWS = (
 )
 
 DATASETS: Mapping[str, DatasetSpec] = MappingProxyType({row.name: row for row in _ROWS})
+
+
+def find_dataset(name: str) -> DatasetSpec | None:
+    """The row of a data set, by its own name or its hub id.
+
+    >>> find_dataset("stanfordnlp/imdb").name
+    'imdb'
+    """
+    return DATASETS.get(name) or next((row for row in _ROWS if row.hub_id == name), None)

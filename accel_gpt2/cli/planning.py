@@ -13,6 +13,7 @@ from accel_gpt2.catalog.models import MODELS, ModelSpec, ModelType
 from accel_gpt2.catalog.profiles import HardwareProfile
 from accel_gpt2.catalog.strategies import ShardingStrategy
 from accel_gpt2.cli.hardware import describe_profile
+from accel_gpt2.cli.output import say
 from accel_gpt2.cli.run_directory import RECIPE_FILE
 from accel_gpt2.data.cache import cache_directory
 from accel_gpt2.errors import UserError
@@ -77,16 +78,20 @@ def _read_spec(directory: Path, name: str) -> ModelSpec | None:
 
 
 def statistics(recipe: TrainRecipe) -> DataStatistics | None:
-    """Of a catalog row or of local files; None where they are to be had from the hub alone.
+    """Of local files or of a catalog row; None where they are to be had from the hub alone.
 
     What is wrong with files is for the training to say.
     """
-    if (known := dataset_statistics(recipe)) is not None:  # without loading what reads files
-        return known
+    if not (os.environ.get("ACCEL_GPT2_DATA") or os.path.exists(recipe.dataset)):
+        known = dataset_statistics(recipe)  # without loading what reads files
+        if known is not None:
+            return known
     from accel_gpt2.data.estimate import estimate_statistics
 
     try:
-        return estimate_statistics(recipe)
+        return estimate_statistics(
+            recipe, on_reading=lambda path: say(f"Reading {path} once, for its texts' lengths")
+        )
     except UserError:
         return None
 

@@ -1,4 +1,4 @@
-"""How much text a data set without a catalog row holds: read once, estimated in tokens, kept.
+"""How much text local files hold: read once, estimated in tokens, kept.
 
 The texts are really read, by our own sources, so that duplicates and empty documents are gone; only
 their length in tokens is an estimate, from a sample. torch is not loaded.
@@ -8,11 +8,11 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from accel_gpt2.data.cache import cached_file, content_key
-from accel_gpt2.data.local_files import find_local_files
+from accel_gpt2.data.local_files import find_dataset_files
 from accel_gpt2.data.tokenizer import GPT2_VOCABULARY
 from accel_gpt2.plan.data import DataStatistics, cut_statistics, dataset_statistics
 from accel_gpt2.recipe import TrainRecipe
@@ -30,16 +30,22 @@ _BIN_RATIO = 1.1
 _READ_FIELDS = ("text_field", "label_field", "class_names", "train_split", "test_split")
 
 
-def estimate_statistics(recipe: TrainRecipe) -> DataStatistics | None:
-    """Statistics of a catalog row, or of local files, which are read once; None for the hub's.
+def estimate_statistics(
+    recipe: TrainRecipe, *, on_reading: Callable[[Path], None] = lambda path: None
+) -> DataStatistics | None:
+    """Statistics of local files, which are read once; else of a catalog row; None for the hub's.
+
+    Files come first, because a copy that is here may be a part of what the row counts.
+
+    Args:
+        on_reading: told the path before files are read, which takes seconds.
 
     Raises:
         UserError: when the files cannot be used as labelled documents.
     """
-    known = dataset_statistics(recipe)
-    local = find_local_files(Path(recipe.dataset).expanduser())
-    if known is not None or local is None:
-        return known
+    local = find_dataset_files(recipe.dataset)
+    if local is None:
+        return dataset_statistics(recipe)
     seen = [
         (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
         for file in local.data_files
@@ -47,6 +53,7 @@ def estimate_statistics(recipe: TrainRecipe) -> DataStatistics | None:
     read_as = [str(getattr(recipe, field)) for field in _READ_FIELDS]
 
     def count(staged: Path) -> None:
+        on_reading(local.path)
         staged.write_text(json.dumps(_counted(recipe)), encoding="utf-8")
 
     key = content_key("statistics", _FORMAT_VERSION, seen, read_as)

@@ -5,6 +5,7 @@ text files, from 1) or the row (of Parquet, from 0).
 """
 
 import csv
+import glob
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from accel_gpt2.catalog.datasets import find_dataset
 from accel_gpt2.data.raw import (
     FieldChoice,
     RawDocument,
@@ -40,6 +42,7 @@ _FORMATS: dict[str, Format] = {
     ".json": "jsonl",
     ".parquet": "parquet",
 }
+DATA_VARIABLE = "ACCEL_GPT2_DATA"
 SUFFIXES = ("CSV", "TSV", "JSONL", "Parquet")
 
 # What the name of a file or a subdirectory may begin with, and the split that it then belongs to.
@@ -104,6 +107,31 @@ class LocalFiles:
             if word and word.group() in _SPLIT_WORDS:
                 return _SPLIT_WORDS[word.group()]
         return None
+
+
+def find_dataset_files(dataset: str) -> LocalFiles | None:
+    """The files of a data set: under the folder that ACCEL_GPT2_DATA names, else at its path.
+
+    None when there are none, and for a data set that is made on the machine.
+
+    Raises:
+        UserError: when ACCEL_GPT2_DATA names no directory.
+    """
+    row = find_dataset(dataset)
+    if row is not None and row.hub_id is None:
+        return None
+    if folder := os.environ.get(DATA_VARIABLE):
+        root = Path(folder).expanduser()
+        if not os.path.isdir(root):
+            raise UserError(
+                f"{DATA_VARIABLE} names {root}, which is no directory; correct or unset it."
+            )
+        for name in dict.fromkeys((dataset, dataset if row is None else row.name)):
+            same_stem = glob.glob(f"{glob.escape(str(root / name))}.*")
+            for candidate in (root / name, *map(Path, sorted(same_stem))):
+                if (local := find_local_files(candidate)) is not None:
+                    return local
+    return find_local_files(Path(dataset).expanduser())
 
 
 def find_local_files(path: Path) -> LocalFiles | None:

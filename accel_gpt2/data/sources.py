@@ -4,7 +4,6 @@ A data set is looked for under the folder that ACCEL_GPT2_DATA names, then at a 
 the Hugging Face hub; `docstrings` is made on the machine.
 """
 
-import glob
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from accel_gpt2.catalog.datasets import DATASETS, DatasetSpec
+from accel_gpt2.catalog.datasets import DATASETS, DatasetSpec, find_dataset
 from accel_gpt2.data.cleaning import (
     LabelledSplit,
     Treatment,
@@ -41,10 +40,11 @@ from accel_gpt2.data.hub import (
     why_unreachable,
 )
 from accel_gpt2.data.local_files import (
+    DATA_VARIABLE,
     SUFFIXES,
     LocalFiles,
     check_fields,
-    find_local_files,
+    find_dataset_files,
     read_split,
 )
 from accel_gpt2.data.raw import FieldChoice, RawSplit
@@ -60,7 +60,6 @@ __all__ = [
     "load_text_data",
 ]
 
-DATA_VARIABLE = "ACCEL_GPT2_DATA"
 ALWAYS_AVAILABLE = "--model gpt2-tiny --dataset docstrings"
 
 # What `test_split` is set to where all documents are for training, and none are for a test.
@@ -254,19 +253,14 @@ def check_data_available(recipe: TrainRecipe) -> None:
 
 
 def _locate(dataset: str) -> _Location:
-    row = DATASETS.get(dataset) or next(
-        (row for row in DATASETS.values() if row.hub_id == dataset), None
-    )
+    row = find_dataset(dataset)
     name = dataset if row is None else row.name
     if row is not None and row.hub_id is None:
         return _Location(name=name, row=row)
-    if (local := _find_in_data_folder(dataset, name)) is not None:
-        return _Location(name=name, row=row, local=local)
-
-    path = Path(dataset).expanduser()
-    if (local := find_local_files(path)) is not None:
+    if (local := find_dataset_files(dataset)) is not None:
         # A path that happens to end in a known name is still someone's own files.
         return _Location(name=name, row=row, local=local)
+    path = Path(dataset).expanduser()
     if row is None and os.path.exists(path):
         raise UserError(
             f"{path} holds no labelled documents that can be read; it should be a "
@@ -279,23 +273,6 @@ def _locate(dataset: str) -> _Location:
             f"{ALWAYS_AVAILABLE}, which needs no files."
         )
     return _Location(name=name, row=row, hub_id=dataset if row is None else row.hub_id)
-
-
-def _find_in_data_folder(*names: str) -> LocalFiles | None:
-    """The files of the first of these names under the folder that ACCEL_GPT2_DATA names."""
-    if not (folder := os.environ.get(DATA_VARIABLE)):
-        return None
-    root = Path(folder).expanduser()
-    if not os.path.isdir(root):
-        raise UserError(
-            f"{DATA_VARIABLE} names {root}, which is no directory; correct or unset it."
-        )
-    for name in dict.fromkeys(names):
-        same_stem = glob.glob(f"{glob.escape(str(root / name))}.*")
-        for candidate in (root / name, *map(Path, sorted(same_stem))):
-            if (local := find_local_files(candidate)) is not None:
-                return local
-    return None
 
 
 def _field_choice(location: _Location, text_field: str, label_field: str) -> FieldChoice:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from accel_gpt2.catalog.datasets import DATASETS, DatasetSpec, TokenLengths
+from accel_gpt2.catalog.datasets import DATASETS, TokenLengths, find_dataset
 from accel_gpt2.recipe import TrainRecipe
 
 
@@ -42,7 +42,7 @@ def dataset_statistics(recipe: TrainRecipe) -> DataStatistics | None:
     >>> found.num_train_documents, round(found.mean_tokens), found.longest_tokens
     (118000, 53, 128)
     """
-    row = _row(recipe.dataset)
+    row = find_dataset(recipe.dataset)
     if row is None or recipe.train_split != "train" or recipe.test_split not in {"test", "none"}:
         return None
     train, test = row.train_documents, row.test_documents
@@ -55,12 +55,6 @@ def dataset_statistics(recipe: TrainRecipe) -> DataStatistics | None:
         token_lengths=row.token_lengths,
         trained_vocabularies=row.trained_vocabularies,
         source=f"catalog row {row.name}: {row.statistics_source}",
-    )
-
-
-def _row(dataset: str) -> DatasetSpec | None:
-    return DATASETS.get(dataset) or next(
-        (row for row in DATASETS.values() if row.hub_id == dataset), None
     )
 
 

@@ -69,6 +69,30 @@ def test_files_are_read_once_until_they_change(
     assert before.num_train_documents == again.num_train_documents > changed.num_train_documents
 
 
+def test_a_copy_in_the_data_folder_counts_more_than_the_row(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of a known data set under ACCEL_GPT2_DATA is what is planned for, and so is a file
+    that only this folder knows; what is not there keeps its row."""
+    (tmp_path / "ag_news").mkdir()
+    (tmp_path / "ag_news" / "train.csv").write_bytes(texts.read_bytes())
+    (tmp_path / "mine.csv").write_bytes(texts.read_bytes())
+    monkeypatch.setenv("ACCEL_GPT2_DATA", str(tmp_path))
+    read: list[Path] = []
+    own = [
+        estimate_statistics(
+            _recipe(name, class_names=["river", "kitchen", "orbit"]), on_reading=read.append
+        )
+        for name in ("ag_news", "mine")
+    ]
+    assert read == [tmp_path / "ag_news", tmp_path / "mine.csv"]
+    for found in own:
+        assert found is not None
+        assert found.num_train_documents < 600
+        assert found.num_classes == 3
+    assert estimate_statistics(_recipe("imdb")) == dataset_statistics(_recipe("imdb"))
+
+
 def test_rows_are_not_read_and_the_hub_is_not_asked() -> None:
     """A catalog name gives its row; what is neither here nor in the catalog is not known."""
     recipe = _recipe("imdb")
