@@ -89,6 +89,13 @@ def _facts(plan: RunPlan, option: Option) -> list[tuple[str, str]]:
         ("peak", memory.advice(recipe)),
         ("step", f"{batch}, in micro batches of {recipe.micro_batch_tokens:,} padded tokens"),
     ]
+    if plan.profile.gpu is not None:
+        each = " for each model" if option.placement == "concurrent" else ""
+        torch_bytes = (
+            f"{format_bytes(memory.allocated_bytes)} allocated by torch, "
+            f"{format_bytes(memory.reserved.expected)} reserved with fragmentation{each}"
+        )
+        facts.insert(1, ("of it", torch_bytes))
     needs = [
         f"{format_bytes(size)} of {name}"
         for size, name in ((memory.host_bytes, "RAM"), (memory.disk_bytes, "disk"))

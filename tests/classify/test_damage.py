@@ -333,6 +333,7 @@ _OTHER: dict[str, Any] = {
     "objective": "classification",
     "lr_schedule": "linear",
     "mixed_precision": "bf16",
+    "bf16_rounding": "kahan",
     "profile": "cpu",
     "gradient_checkpointing": True,
     "trackers": ("tensorboard",),

@@ -120,6 +120,8 @@ def start_parent(launch: Launch) -> "subprocess.Popen[str]":
         [sys.executable, "-c", program, str(launch.run_directory), *launch.argv],
         stderr=subprocess.PIPE,
         text=True,
+        # The tests themselves may run under nohup, and what ignores SIGHUP hands that down.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
 
 

@@ -260,6 +260,8 @@ def test_of_two_starts_at_the_same_moment_one_prepares_and_launches(
     texts: Path, tmp_path: Path
 ) -> None:
     """The recipe that the trainer will read is not that of the start that lost."""
+    # The lengths of the texts are read here and kept: a fork has none of the threads that read.
+    choose(options(model="gpt2-tiny", dataset=str(texts)))
     context = multiprocessing.get_context("fork")
     results = context.Queue()
 
