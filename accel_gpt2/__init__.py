@@ -1,18 +1,14 @@
 """Per-class GPT-2 language models as generative text classifiers."""
 
 import os
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from accel_gpt2.estimator import GenerativeClassifier
 
-__all__ = ["GenerativeClassifier", "__version__"]
+    __version__: str
 
-try:
-    __version__ = version("accel-gpt2")
-except PackageNotFoundError:  # a checkout that was never installed
-    __version__ = "0+unknown"
+__all__ = ["GenerativeClassifier", "__version__"]
 
 # Here, because whatever of this package is imported first may load torch.
 
@@ -27,7 +23,15 @@ if os.environ.get("WORLD_SIZE", "1") != "1":
 
 
 def __getattr__(name: str) -> Any:
-    if name == "GenerativeClassifier":  # on demand, because scikit-learn takes a second to load
+    """What takes time to find out, on demand: scikit-learn a second, metadata a tenth of one."""
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("accel-gpt2")
+        except PackageNotFoundError:  # a checkout that was never installed
+            return "0+unknown"
+    if name == "GenerativeClassifier":
         from accel_gpt2.estimator import GenerativeClassifier
 
         return GenerativeClassifier

@@ -1,7 +1,5 @@
 """Which versions of the libraries that matter are installed; asked without importing them."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 PACKAGES = (
     "torch",
     "transformers",
@@ -24,6 +22,8 @@ def installed_versions() -> dict[str, str | None]:
 
 
 def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version  # a tenth of a second
+
     try:
         return version(package)
     except PackageNotFoundError:

@@ -6,14 +6,12 @@ import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from accel_gpt2.catalog.arms import ARMS
 from accel_gpt2.catalog.models import MODELS, ModelType
-from accel_gpt2.cli.comparison_loop import run_comparison
-from accel_gpt2.cli.comparison_runs import PreparedComparison, prepare_comparison
 from accel_gpt2.cli.options import (
     DatasetOption,
     DebugOption,
@@ -26,9 +24,11 @@ from accel_gpt2.cli.options import (
 )
 from accel_gpt2.cli.output import print_json, print_line, print_table, say
 from accel_gpt2.errors import ExitCode, UsageError
-from accel_gpt2.plan.comparison import select_arms
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.units import format_seconds
+
+if TYPE_CHECKING:
+    from accel_gpt2.cli.comparison_runs import PreparedComparison
 
 _DEFAULTS = TrainRecipe()
 # "3 generative", "4 lora", ...
@@ -121,6 +121,11 @@ def compare(
     here is listed with the reason; when a training fails, the others still run, and the exit code
     is that of the failure.
     """
+    # Here, because every other verb's help would wait for them.
+    from accel_gpt2.cli.comparison_loop import run_comparison
+    from accel_gpt2.cli.comparison_runs import prepare_comparison
+    from accel_gpt2.plan.comparison import select_arms
+
     values: dict[str, object] = {
         "dataset": dataset,
         "model": model,
@@ -172,7 +177,7 @@ def _counts(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def show_plan(prepared: PreparedComparison, *, json: bool) -> None:
+def show_plan(prepared: "PreparedComparison", *, json: bool) -> None:
     """Data: every run with its directory, and what would be done there."""
     rows = [
         (", ".join(arm.id for arm in run.planned.arms) or "base", str(run.directory), run.outlook)

@@ -121,7 +121,7 @@ def start_parent(launch: Launch) -> "subprocess.Popen[str]":
         stderr=subprocess.PIPE,
         text=True,
         # The tests themselves may run under nohup, and what ignores SIGHUP hands that down.
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509
     )
 
 
