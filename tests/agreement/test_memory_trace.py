@@ -1,17 +1,15 @@
 """The closed form of memory agrees with a trace of the step that is really run.
 
-Ten configurations by default; `MEMORY_CONFIGURATIONS=64` takes all of
-docs/benchmarks/2026-11-23-memory-closed-form.md, a quarter of an hour.
+In all configurations of docs/benchmarks/2026-11-23-memory-closed-form.md: two to three minutes.
 """
 
-import os
 import statistics
 
 import pytest
 
 from .memory_grid import compare, configurations
 
-COUNT = int(os.environ.get("MEMORY_CONFIGURATIONS", "10"))
+COUNT, N_LAYER = 64, 3
 
 # Of the peak. What is left are tensors of a few KiB, and formulas read off traces.
 LARGEST, MEAN = 0.02, 0.003
@@ -20,7 +18,7 @@ LARGEST, MEAN = 0.02, 0.003
 @pytest.mark.slow
 def test_closed_form_and_trace_agree() -> None:
     """No peak is off by more than 2%, and 0.3% on average; the phases are the trace's own."""
-    comparisons = compare(configurations(COUNT, n_layer=2 if COUNT <= 10 else 3))
+    comparisons = compare(configurations(COUNT, n_layer=N_LAYER))
     assert len(comparisons) == COUNT
     errors = {}
     for comparison in comparisons:
