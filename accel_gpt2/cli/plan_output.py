@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -32,13 +33,13 @@ def show_plan(plan: RunPlan, *, command: str, everything: bool) -> None:
     """Data: the plan for a reader, as wide as the terminal; plain where stdout is none."""
     option = plan.recommended or plan.smallest
     assert option is not None, "one process per GPU is always planned"
-    _print(_title(plan), style="bold")
+    _print(_wrapped(_title(plan)), style="bold")
     if plan.recommended is None:
         _print(f"\nNothing that was asked for fits. Nearest: {option.label}", style="bold red")
     else:
         _print(f"\nRecommended: {option.label}", style="bold green")
     for name, text in _facts(plan, option):
-        _print(f"  {name:<8}{text}")
+        _print(_wrapped(text, name=f"  {name:<8}"))
     _print(_bar(option))
     if everything:
         _print_rejected("All other candidates, best first", plan.rejected)
@@ -59,6 +60,18 @@ def _print(text: "str | Text", *, style: str = "") -> None:
         text = Text("\n".join(map(printable, text.split("\n"))), style=style)
     # Long lines are left to the terminal to break, so that commands can be copied.
     Console(highlight=False, width=_width()).print(text, soft_wrap=True)
+
+
+def _wrapped(text: str, *, name: str = "") -> str:
+    """A fact as wide as the terminal, its later lines under its first word."""
+    return textwrap.fill(
+        text,
+        width=_width(),
+        initial_indent=name,
+        subsequent_indent=" " * len(name),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _width() -> int:
@@ -353,7 +366,7 @@ def show_table(rows: Sequence[TableRow], *, json: bool) -> None:
         )
     _print(_TABLE_LEGEND)
     for cross, option in crosses:
-        _print(f"On 16 GB, {cross.title}: {_cross_sentence(option)}")
+        _print(_wrapped(f"On 16 GB, {cross.title}: {_cross_sentence(option)}"))
 
 
 _TABLE_LEGEND = """
