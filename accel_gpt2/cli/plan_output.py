@@ -364,17 +364,17 @@ def show_table(rows: Sequence[TableRow], *, json: bool) -> None:
             },
             [_table_cells(row) for row in shown],
         )
-    _print(_TABLE_LEGEND)
+    _print(f"\n{_wrapped(_TABLE_LEGEND)}\n")
     for cross, option in crosses:
         _print(_wrapped(f"On 16 GB, {cross.title}: {_cross_sentence(option)}"))
 
 
-_TABLE_LEGEND = """
-bf16: full fine-tuning with AdamW and fp32 weights under autocast. 8-bit: AdamW's states.
-ckpt: gradient checkpointing. xN: N models on each GPU at once (predicted, as all at once is; this
-version trains one class after another). ~: tight, with the most that it may need. ✗: the
-requirements said that it does not fit; they gave no other figures.
-"""
+_TABLE_LEGEND = (
+    "bf16: full fine-tuning with AdamW and fp32 weights under autocast. 8-bit: AdamW's states. "
+    "ckpt: gradient checkpointing. xN: N models on each GPU at once (predicted, as all at once is; "
+    "this version trains one class after another). ~: tight, with the most that it may need. "
+    "✗: the requirements said that it does not fit; they gave no other figures."
+)
 
 
 def _table_cells(row: TableRow) -> list[str]:
