@@ -45,6 +45,8 @@ Bf16Rounding = Literal["stochastic", "kahan"]
 Finetuning = Literal["full", "lora", "qlora"]
 Optimizer = Literal["adamw", "adamw_8bit", "adafactor"]
 Schedule = Literal["cosine", "linear", "constant"]
+# How the models of the classes share the machine; auto: as the plan says.
+PlacementChoice = Literal["auto", "sequential", "per-gpu", "concurrent", "shared-base"]
 Priors = Literal["training", "uniform"]
 # A masked LM's pseudo-log-likelihood. full: every token masked once, alone. shared, independent:
 # estimates by random masks, the same for all classes or each class its own.
@@ -117,6 +119,7 @@ class TrainRecipe:
 
     # How the run goes; results change by rounding at most.
     profile: str = "auto"
+    placement: PlacementChoice = "auto"  # of one model per class
     micro_batch_tokens: Count = 4096  # padded tokens that go through at once
     gradient_checkpointing: bool = False
     loss_chunk_tokens: Count = 512  # rows of logits that exist at once

@@ -18,6 +18,7 @@ from accel_gpt2.recipe import (
     Layer,
     MixedPrecision,
     Optimizer,
+    PlacementChoice,
     TrainRecipe,
     assignments_layer,
 )
@@ -117,6 +118,10 @@ def train_command(act: Callable[[TrainOptions], None]) -> Callable[..., None]:
                 help="Less memory for a third more time. [default: by plan]",
             ),
         ] = None,
+        placement: Annotated[
+            PlacementChoice | None,
+            typer.Option(help="How the classes' models share the machine. [default: by plan]"),
+        ] = None,
         seed: Annotated[int | None, typer.Option(help="Of every random choice.")] = None,
         profile: ProfileOption = None,
         output_dir: Annotated[
@@ -168,6 +173,7 @@ def train_command(act: Callable[[TrainOptions], None]) -> Callable[..., None]:
             "optimizer": optimizer,
             "mixed_precision": mixed_precision,
             "gradient_checkpointing": gradient_checkpointing,
+            "placement": placement,
             "seed": seed,
             "profile": profile,
             "max_time_seconds": None if max_time is None else parse_seconds(max_time),

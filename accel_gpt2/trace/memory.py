@@ -130,8 +130,8 @@ _UNRELATED = (
     "max_steps", "global_batch_tokens", "global_batch_size", "learning_rate",
     "min_learning_rate_fraction", "lr_schedule", "warmup_fraction", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "evaluate_every_steps", "profile",
-    "checkpoint_every_steps", "keep_checkpoints", "log_every_steps", "max_time_seconds",
-    "price_usd_per_hour", "budget_usd", "trackers",
+    "placement", "checkpoint_every_steps", "keep_checkpoints", "log_every_steps",
+    "max_time_seconds", "price_usd_per_hour", "budget_usd", "trackers",
 )  # fmt: skip
 
 

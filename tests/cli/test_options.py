@@ -37,6 +37,7 @@ def test_nothing_typed_is_nothing_decided() -> None:
         (["--init", "scratch"], "init", "scratch", "--init"),
         (["--dataset", "ag_news"], "dataset", "ag_news", "--dataset"),
         (["--profile", "t4"], "profile", "t4", "--profile"),
+        (["--placement", "per-gpu"], "placement", "per-gpu", "--placement"),
         (["--epochs", "0.5"], "epochs", 0.5, "--epochs"),
         (["--max-steps", "7"], "max_steps", 7, "--max-steps"),
         (["--max-time", "1h30m"], "max_time_seconds", 5400.0, "--max-time"),
