@@ -1,10 +1,9 @@
 """The training loop of one model: long and flat, so that a whole step can be read at once."""
 
-import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from accel_gpt2.catalog.gpus import GpuSpec
 from accel_gpt2.data.batching import Indices, split_micro_batches
@@ -19,6 +19,7 @@ from accel_gpt2.data.tokenized import TokenizedDocuments
 from accel_gpt2.errors import UserError
 from accel_gpt2.plan.flops import peak_flops_per_second
 from accel_gpt2.recipe import TrainRecipe
+from accel_gpt2.train.backend import Backend, MicroBatch, build_backend
 from accel_gpt2.train.calibration import TrainedHere, record_training
 from accel_gpt2.train.checkpoint import (
     Identity,
@@ -43,12 +44,7 @@ from accel_gpt2.train.nonfinite import (
     write_nonfinite_step,
 )
 from accel_gpt2.train.objective import TrainedModel, to_device
-from accel_gpt2.train.optim import (
-    build_optimizer,
-    learning_rate_at,
-    load_optimizer_state,
-    optimizer_state_bytes,
-)
+from accel_gpt2.train.optim import learning_rate_at, optimizer_state_bytes
 from accel_gpt2.train.processes import gather_objects, on_first_process
 from accel_gpt2.train.progress import TrainProgress, describe_step
 from accel_gpt2.train.schedule import BatchSchedule
@@ -107,7 +103,34 @@ def train_class(
     progress: TrainProgress,
     log: LogRow,
 ) -> TrainState:
-    """Train one model to the end of its schedule and return the final state.
+    """Train one model to the end of its schedule and return the final state: see `train_steps`."""
+    steps = train_steps(
+        job, recipe, accelerator=accelerator, gpu=gpu, stop=stop, progress=progress, log=log
+    )
+    try:
+        micro_batch = next(steps)
+        while True:
+            micro_batch = steps.send(micro_batch.run())
+    except StopIteration as finished:
+        state: TrainState = finished.value
+        return state
+
+
+def train_steps(
+    job: ClassTraining,
+    recipe: TrainRecipe,
+    *,
+    accelerator: Any,
+    gpu: GpuSpec | None,
+    stop: StopRequest,
+    progress: TrainProgress,
+    log: LogRow,
+) -> Generator[MicroBatch, Tensor, TrainState]:
+    """The training of one model, which leaves forward and backward passes to who drives it.
+
+    It yields one micro batch after another, is sent the summed loss of each once its gradients are
+    there, and returns the final state. So the models of several classes can train in turn, or
+    together.
 
     The loss of a step is the sum over its targets (of a language model the predicted tokens) over
     their number in the global batch, over all ranks and micro batches; so neither the number of
@@ -130,22 +153,17 @@ def train_class(
     name = f"{job.identity.class_name} ({job.identity.class_index + 1}/{job.num_parts})"
 
     checkpoint = None if job.checkpoint is None else read_checkpoint(job.checkpoint)
-    optimizer = build_optimizer(job.model, recipe)
     if checkpoint is not None and job.checkpoint is not None:
         job.model.load_trainable_state(checkpoint.weights, job.checkpoint)
     plain_model = job.model
-    model, optimizer = accelerator.prepare(job.model, optimizer)
-    parameters = [parameter for parameter in plain_model.parameters() if parameter.requires_grad]
+    backend = build_backend(accelerator, plain_model, recipe)
     # Dropout must differ between ranks; nothing else in the loop draws random numbers.
     torch.manual_seed(recipe.seed + 1_000_003 * (rank + 1))
-    # The accelerator has one for all classes, and none of them may depend on the one before.
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(torch.amp.GradScaler(device.type).state_dict())
     state = TrainState(total_steps=schedule.total_steps)
     saved: tuple[int, int] | None = None  # (step, evaluated_step) of what is on the disk
     if checkpoint is not None:
         state = checkpoint.state
-        _load_optimizer(accelerator, optimizer, checkpoint.optimizer, recipe)
+        _load_optimizer(backend, checkpoint.optimizer)
         _set_random_state(checkpoint.random_states, rank)
         if job.checkpoint == checkpoint_path(job.directory, state.step):
             saved = (state.step, state.evaluated_step)
@@ -173,13 +191,13 @@ def train_class(
             "and twice as many micro batches make the same global batch"
         )
 
-    model.train()
+    backend.model.train()
     if state.step < schedule.total_steps:
         fitting_micro_batch_tokens(
             plain_model,
             job.documents,
             micro_batch_tokens=recipe.micro_batch_tokens,
-            reserved_bytes=0 if resumed else optimizer_state_bytes(parameters, recipe),
+            reserved_bytes=0 if resumed else optimizer_state_bytes(backend.parameters, recipe),
             accelerator=accelerator,
             on_halved=on_halved,
         )
@@ -211,14 +229,19 @@ def train_class(
         save_started = time.monotonic()
         gather_loss()
         random_states = gather_objects(accelerator, _random_state(device))
+        weights = backend.gathered_weights()
+        optimizer = {
+            "optimizer": backend.gathered_optimizer_state(),
+            "scaler": None if backend.scaler is None else backend.scaler.state_dict(),
+        }
 
         def write() -> None:
             save_checkpoint(
                 job.directory,
                 state=state,
                 identity=job.identity,
-                weights=plain_model.trainable_state(),
-                optimizer=_optimizer_state(accelerator, optimizer),
+                weights=weights,
+                optimizer=optimizer,
                 random_states=random_states,
             )
             if state.best_step >= 0:
@@ -245,13 +268,14 @@ def train_class(
                 save()  # not evaluated yet: a later start begins with this evaluation
                 raise stop.error()
 
-        scores = score_documents(
-            plain_model,
-            job.validation,
-            micro_batch_tokens=recipe.micro_batch_tokens,
-            accelerator=accelerator,
-            on_batch=on_batch,
-        )
+        with backend.scoring():
+            scores = score_documents(
+                plain_model,
+                job.validation,
+                micro_batch_tokens=recipe.micro_batch_tokens,
+                accelerator=accelerator,
+                on_batch=on_batch,
+            )
         validation = plain_model.validation(scores, job.validation, job.own_validation)
         if not math.isfinite(validation.loss_bits):
             finite = np.isfinite(scores.reshape(len(scores), -1).sum(axis=1))
@@ -298,11 +322,11 @@ def train_class(
         """The gradients are not finite, on all ranks alike: see `nonfinite` for the rule."""
         state.skipped_steps += 1
         losses = describe_losses(micro_batches, accelerator)
-        scaler = accelerator.scaler
-        if scaler is not None:
-            optimizer.step()  # the scaler keeps it from the weights, and halves its scale
-        if left_to_the_scaler(losses, scaler):
-            check_loss_scale(scaler, name=name, step=state.step, skipped=state.skipped_steps)
+        backend.skip()
+        if left_to_the_scaler(losses, backend.scaler):
+            check_loss_scale(
+                backend.scaler, name=name, step=state.step, skipped=state.skipped_steps
+            )
             return
         state.bad_steps_in_a_row += 1
         where = {**_where(job.identity, state, schedule), "event": "skip"}
@@ -341,24 +365,22 @@ def train_class(
             lengths, batch, world_size=world_size, micro_batch_tokens=recipe.micro_batch_tokens
         )
         learning_rate = learning_rate_at(state.step, schedule.total_steps, recipe)
-        for group in optimizer.param_groups:
+        for group in backend.optimizer.param_groups:
             group["lr"] = learning_rate
         micro_batch_losses = []
         for number, per_rank in enumerate(micro_batches, start=1):
             own = per_rank[rank]
             documents = [job.documents.document(int(index)) for index in own]
             arrays = plain_model.collate(documents, job.documents.labels[own], epoch=state.epoch)
-            tensors = to_device(arrays, device)
-            last = number == len(micro_batches)
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                loss = model(*tensors)
-                # DDP averages over ranks, so the sum over ranks is world_size times that.
-                accelerator.backward(loss * (world_size / batch_targets))
-            micro_batch_losses.append(MicroBatchLoss(documents=own, loss=loss.detach()))
-            del loss  # and its graph, which keeps the embeddings of a checkpointed adapter
-        grad_norm = float(  # waits for the device
-            accelerator.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf)
-        )
+            loss = yield MicroBatch(
+                backend=backend,
+                tensors=to_device(arrays, device),
+                # Gradients are averaged over ranks, so their sum is world_size times that.
+                scale=world_size / batch_targets,
+                last=number == len(micro_batches),
+            )
+            micro_batch_losses.append(MicroBatchLoss(documents=own, loss=loss))
+        grad_norm = backend.clip_grad_norm(recipe.max_grad_norm or math.inf)
         if state.step == 0 and grad_norm == 0.0:
             raise UserError(
                 f"{name}: every gradient of the first step is zero, so nothing would be learnt; "
@@ -366,7 +388,7 @@ def train_class(
             )
         finite = math.isfinite(grad_norm)
         if finite:
-            optimizer.step()
+            backend.step()
             for item in micro_batch_losses:
                 running_loss += item.loss
             running_targets += batch_targets
@@ -379,7 +401,7 @@ def train_class(
         line_tokens += batch_tokens
         if not finite:
             skip_step(micro_batch_losses, grad_norm)
-        optimizer.zero_grad()
+        backend.zero_grad()
 
         if state.step % recipe.log_every_steps == 0 or state.step == schedule.total_steps:
             gather_loss()
@@ -456,18 +478,7 @@ def _set_random_state(states: Sequence[dict[str, torch.Tensor]], rank: int) -> N
         torch.cuda.set_rng_state(states[rank]["cuda"])
 
 
-def _optimizer_state(accelerator: Any, optimizer: Any) -> dict[str, Any]:
-    scaler = getattr(accelerator, "scaler", None)
-    return {
-        "optimizer": optimizer.state_dict(),
-        "scaler": None if scaler is None else scaler.state_dict(),
-    }
-
-
-def _load_optimizer(
-    accelerator: Any, optimizer: Any, saved: dict[str, Any], recipe: TrainRecipe
-) -> None:
-    load_optimizer_state(optimizer, saved["optimizer"], recipe)
-    scaler = getattr(accelerator, "scaler", None)
-    if scaler is not None and saved["scaler"] is not None:
-        scaler.load_state_dict(saved["scaler"])
+def _load_optimizer(backend: Backend, saved: dict[str, Any]) -> None:
+    backend.load_optimizer_state(saved["optimizer"])
+    if backend.scaler is not None and saved["scaler"] is not None:
+        backend.scaler.load_state_dict(saved["scaler"])

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from accel_gpt2.catalog.gpus import GpuSpec, find_gpu
+from accel_gpt2.catalog.strategies import STRATEGIES, ShardingStrategy
 from accel_gpt2.errors import UsageError, UserError
 from accel_gpt2.failures import ending
 from accel_gpt2.recipe import TrainRecipe, autocast_precision
@@ -131,6 +132,31 @@ def _leave_process_group() -> None:
     # a process that leaves on an error of its own would wait in it for the others.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def current_strategy(accelerator: Any) -> ShardingStrategy:
+    """How the launcher had this process's model spread over all of them."""
+    from accelerate.utils import DistributedType
+
+    match accelerator.distributed_type:
+        case DistributedType.NO:
+            return STRATEGIES["single"]
+        case DistributedType.FSDP:
+            return STRATEGIES["fsdp2"]
+        case DistributedType.DEEPSPEED:
+            zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+            offloads = [
+                zero.get(f"offload_{what}", {}).get("device", "none") != "none"
+                for what in ("optimizer", "param")
+            ]
+            return next(
+                row
+                for row in STRATEGIES.values()
+                if row.zero_stage == zero["stage"]
+                and [row.offloads_optimizer, row.offloads_parameters] == offloads
+            )
+        case _:
+            return STRATEGIES["ddp"]
 
 
 def current_gpu(accelerator: Any) -> GpuSpec | None:
