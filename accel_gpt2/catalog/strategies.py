@@ -13,13 +13,14 @@ Backend = Literal["none", "ddp", "fsdp2", "deepspeed"]
 class ShardingStrategy:
     """What each GPU holds a share of, and what lies in host memory instead.
 
-    `zero_stage` is DeepSpeed's, 0 elsewhere. `bucket_elements` are the gradients (and from stage 3
-    on the parameters) that are exchanged at once; 0 where the backend has no such buffer of ours
-    to size. `trained` says whether this version's `train` runs it: plans predict the others too,
-    and recommend only what runs.
+    `title` says it in one line. `zero_stage` is DeepSpeed's, 0 elsewhere. `bucket_elements` are the
+    gradients (and from stage 3 on the parameters) that are exchanged at once; 0 where the backend
+    has no such buffer of ours to size. `trained` says whether this version's `train` runs it: plans
+    predict the others too, and recommend only what runs.
     """
 
     name: str
+    title: str
     backend: Backend
     zero_stage: int = 0
     shards_parameters: bool = False
@@ -36,6 +37,15 @@ class ShardingStrategy:
         """Whether any state is held in shares."""
         return self.shards_optimizer or self.shards_gradients or self.shards_parameters
 
+    @property
+    def smallest_world_size(self) -> int:
+        """The number of processes from which on it does something; host memory helps one alone.
+
+        >>> STRATEGIES["zero2"].smallest_world_size, STRATEGIES["zero2_offload"].smallest_world_size
+        (2, 1)
+        """
+        return 1 if self.backend == "none" or self.offloads_optimizer else 2
+
 
 # DeepSpeed's default of 5e8 elements is 954 MiB in bf16, more than a small model; 1e7 saved 1.9 GB
 # in microsoft/DeepSpeed #1302.
@@ -45,15 +55,23 @@ _ZERO = "Rajbhandari et al. 2020, section 5; deepspeed/runtime/zero"
 _OFFLOAD = "Ren et al. 2021 (ZeRO-Offload); deepspeed/runtime/zero"
 
 _ROWS = (
-    ShardingStrategy(name="single", backend="none", trained=True, source="one process, one device"),
+    ShardingStrategy(
+        name="single",
+        title="The whole model in one process.",
+        backend="none",
+        trained=True,
+        source="one process, one device",
+    ),
     ShardingStrategy(
         name="ddp",
+        title="The whole model on each GPU; gradients are averaged.",
         backend="ddp",
         trained=True,
         source="torch.nn.parallel.DistributedDataParallel, buckets of 25 MiB",
     ),
     ShardingStrategy(
         name="fsdp2",
+        title="Weights, gradients and optimizer state in shares, by torch.",
         backend="fsdp2",
         shards_parameters=True,
         shards_gradients=True,
@@ -62,6 +80,7 @@ _ROWS = (
     ),
     ShardingStrategy(
         name="zero1",
+        title="Optimizer state in shares.",
         backend="deepspeed",
         zero_stage=1,
         shards_optimizer=True,
@@ -70,6 +89,7 @@ _ROWS = (
     ),
     ShardingStrategy(
         name="zero2",
+        title="Gradients and optimizer state in shares.",
         backend="deepspeed",
         zero_stage=2,
         shards_gradients=True,
@@ -79,6 +99,7 @@ _ROWS = (
     ),
     ShardingStrategy(
         name="zero3",
+        title="Weights, gradients and optimizer state in shares, by DeepSpeed.",
         backend="deepspeed",
         zero_stage=3,
         shards_parameters=True,
@@ -89,6 +110,7 @@ _ROWS = (
     ),
     ShardingStrategy(
         name="zero2_offload",
+        title="Optimizer state in host memory; gradients and it in shares.",
         backend="deepspeed",
         zero_stage=2,
         shards_gradients=True,
@@ -99,6 +121,7 @@ _ROWS = (
     ),
     ShardingStrategy(
         name="zero3_offload",
+        title="Weights and optimizer state in host memory; all in shares.",
         backend="deepspeed",
         zero_stage=3,
         shards_parameters=True,
