@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Tests run side by side and multiply small matrices: one thread each is the fastest. Read by torch
 # when it is loaded, which no test has done yet.
@@ -39,6 +40,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--torture-seed", type=int, default=0, metavar="N", help="draw other moments than seed 0"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The same examples each time, so that a change is told from a draw; the long form draws anew.
+    settings.register_profile("repeatable", derandomize=True)
+    if not config.getoption("--torture", default=False):
+        settings.load_profile("repeatable")
 
 
 _STARTED = time.monotonic()

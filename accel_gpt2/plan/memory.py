@@ -25,10 +25,11 @@ __all__ = [
     "plan_memory",
 ]
 
-# The widest batch of an epoch has so many padded tokens for each document token: length buckets
-# leave 3% to 10% of padding on average, and half in the worst of thousands of batches, which hold
-# the last documents of a pool (lengths as IMDB's and AG News').
-_PADDING = 1.5
+# The padded tokens of the widest batch of an epoch for each of its document tokens. Length buckets
+# leave 3% to 10% of padding on average; the last batch may hold few documents of all lengths, and
+# had 4.8 in the worst of 1,500 epochs (log-normal lengths, medians 20 to 300, batches of 256 to
+# 16,384 tokens).
+_WORST_PADDING = 5
 
 
 def covers(recipe: TrainRecipe, model: ModelSpec) -> bool:
@@ -62,13 +63,15 @@ def micro_batch(
     """
     length = longest_tokens - 1  # what goes in: all but the last token
     if recipe.global_batch_size is not None:
-        padded = float(recipe.global_batch_size * length)
+        padded = recipe.global_batch_size * length
+        one_each = recipe.global_batch_size <= world_size
     else:
-        padded = max(_PADDING * (recipe.global_batch_tokens or 0), length)
+        padded = max(_WORST_PADDING * (recipe.global_batch_tokens or 0), length)
+        one_each = False
     # Each process's share: whole documents are dealt out.
-    share = padded if world_size == 1 else padded / world_size + length
+    share = padded if world_size == 1 else min(padded, padded // world_size + length)
     tokens = share if padded <= recipe.micro_batch_tokens else recipe.micro_batch_tokens
-    return max(length, round(tokens)), share > max(recipe.micro_batch_tokens, length)
+    return max(length, tokens), share > recipe.micro_batch_tokens and not one_each
 
 
 def plan_memory(

@@ -191,7 +191,7 @@ def test_checkpointing_saves(recipe: TrainRecipe, model: ModelSpec) -> None:
         assert held <= _bytes(saved, phase, "saved activations")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.integers(256, 8192),
     st.integers(256, 16384),

@@ -48,7 +48,7 @@ PINS = {
 }
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     model=st.sampled_from([name for name in GPT2_MODELS if MODELS[name].hub_id]),
     dataset=st.sampled_from(["imdb", "ag_news", "sms_spam"]),
@@ -92,7 +92,10 @@ def test_the_answer_is_not_beaten_by_what_was_not_rejected_for_a_true_reason(
                     assert option.device.high >= best.device.high
             case "slower":
                 assert best is not None
-                assert seconds(option) >= seconds(best) / 1.01
+                if best.time is None:  # the GPU's speed in this precision is not known
+                    assert option.time is None
+                else:
+                    assert seconds(option) >= seconds(best) / 1.01
             case "refused":
                 pytest.fail("an option that was planned is not refused")
     if best is not None:
