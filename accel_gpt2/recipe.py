@@ -41,9 +41,12 @@ MixedPrecision = Literal["no", "fp16", "bf16", "pure_bf16"]
 # stochastic: up or down by chance, so that the mean is right; no memory. kahan: what did not fit is
 # added to the next update; 2 bytes a parameter.
 Bf16Rounding = Literal["stochastic", "kahan"]
-# lora: adapters on a frozen base. qlora: the same on a base whose linear layers are in 4 bits.
+# lora: adapters on a frozen base. qlora: the same on a base whose linear layers are quantised.
 Finetuning = Literal["full", "lora", "qlora"]
-Optimizer = Literal["adamw", "adamw_8bit", "adafactor"]
+# What a quantised base is in. nf4: 4 bits with double quantisation. int8: LLM.int8(), 8 bits.
+Quantization = Literal["nf4", "int8"]
+# paged: the state lies in memory that the driver moves between the GPU and the host.
+Optimizer = Literal["adamw", "adamw_8bit", "adamw_paged", "adamw_8bit_paged", "adafactor"]
 Schedule = Literal["cosine", "linear", "constant"]
 # How the models of the classes share the machine; auto: as the plan says.
 PlacementChoice = Literal["auto", "sequential", "per-gpu", "concurrent", "shared-base"]
@@ -96,6 +99,8 @@ class TrainRecipe:
     lora_alpha: Annotated[float, Gt(0)] = 32.0
     lora_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     lora_target_modules: tuple[str, ...] = ()  # empty: every linear layer of the blocks
+    use_dora: bool = False  # an adapter for the direction of the weights, and their length apart
+    quantization: Quantization = "nf4"  # of the base; read by qlora
 
     # How it is optimized.
     epochs: Annotated[float, Gt(0), Le(100_000)] = 3.0
@@ -122,6 +127,8 @@ class TrainRecipe:
     placement: PlacementChoice = "auto"  # of one model per class
     micro_batch_tokens: Count = 4096  # padded tokens that go through at once
     gradient_checkpointing: bool = False
+    checkpointed_layers: Count | None = None  # the first so many blocks; None: all
+    release_gradients: bool = False  # each as soon as its parameter is stepped: no clipping
     loss_chunk_tokens: Count = 512  # rows of logits that exist at once
     checkpoint_every_steps: Count | None = None  # None: at every evaluation
     keep_checkpoints: Count = 2  # the last N; the best one is kept besides
@@ -339,6 +346,7 @@ def _contradictions(recipe: TrainRecipe) -> list[str]:
             f"objective = 'hybrid' with finetuning = {recipe.finetuning!r}: the classes' models "
             "are trained whole, side by side; give --finetuning full, or objective=generative."
         )
+    problems += _without_effect(recipe, row) + _unreleasable(recipe)
     if recipe.bf16_rounding == "kahan" and recipe.mixed_precision != "pure_bf16":
         problems.append(
             f"bf16_rounding = 'kahan' with mixed_precision = {recipe.mixed_precision!r}: only bf16 "
@@ -350,6 +358,65 @@ def _contradictions(recipe: TrainRecipe) -> list[str]:
             f"budget_usd = {recipe.budget_usd:g} with {price}: a budget is reached at a price; "
             "give --set price_usd_per_hour=... (what the whole machine costs), or leave the budget "
             "out and give --max-time."
+        )
+    return problems
+
+
+def _without_effect(recipe: TrainRecipe, row: ModelSpec | None) -> list[str]:
+    """Choices that nothing would read."""
+    problems = []
+    if recipe.use_dora and recipe.finetuning == "full":
+        problems.append(
+            "use_dora = True with finetuning = 'full': DoRA is a kind of adapter; give "
+            "--finetuning lora or qlora, or leave use_dora out."
+        )
+    if recipe.quantization != "nf4" and recipe.finetuning != "qlora":
+        problems.append(
+            f"quantization = {recipe.quantization!r} with finetuning = {recipe.finetuning!r}: only "
+            "a frozen base is quantised; give --finetuning qlora, or leave the quantization out."
+        )
+    if recipe.checkpointed_layers is None:
+        return problems
+    if not recipe.gradient_checkpointing:
+        problems.append(
+            f"checkpointed_layers = {recipe.checkpointed_layers} without gradient_checkpointing: "
+            "give --gradient-checkpointing, or leave the number out."
+        )
+    if row is not None and recipe.checkpointed_layers > row.n_layer:
+        problems.append(
+            f"checkpointed_layers = {recipe.checkpointed_layers}: {row.name} has {row.n_layer} "
+            f"blocks; give --set checkpointed_layers={row.n_layer} or less, or leave it out for "
+            "all."
+        )
+    return problems
+
+
+def _unreleasable(recipe: TrainRecipe) -> list[str]:
+    """What needs all gradients of a step at the same time."""
+    if not recipe.release_gradients:
+        return []
+    problems = []
+    if recipe.max_grad_norm > 0:
+        problems.append(
+            f"release_gradients with max_grad_norm = {recipe.max_grad_norm:g}: a global norm "
+            "needs all gradients at once; give --set max_grad_norm=0, or leave release_gradients "
+            "out."
+        )
+    if recipe.mixed_precision == "fp16":
+        problems.append(
+            "release_gradients with mixed_precision = 'fp16': whether the loss scale overflowed "
+            "is known when all gradients are there; give --mixed-precision bf16 or no."
+        )
+    tokens = recipe.global_batch_tokens
+    if recipe.global_batch_size is not None:  # documents of the full length, if they must be cut
+        tokens = recipe.global_batch_size * (recipe.max_length - 1)
+        tokens = 0 if recipe.global_batch_size == 1 else tokens
+    if (tokens or 0) > recipe.micro_batch_tokens:
+        problems.append(
+            f"release_gradients with micro batches of {recipe.micro_batch_tokens:,} tokens of a "
+            f"global batch of {tokens:,}: gradients are kept from one micro batch to the next, so "
+            "nothing is released; give --set micro_batch_tokens="
+            f"{tokens}, or a smaller global batch."
         )
     return problems
 

@@ -13,8 +13,10 @@ class OptimizerSpec:
     Per element of a matrix: `state_bytes_per_parameter` for fp32 weights and
     `bf16_state_bytes_per_parameter` for bf16 ones. Tensors under `small_tensor_elements` elements
     keep fp32 moments, 8 bytes. `factored`: a matrix keeps one fp32 number for each row and column
-    alone, and a vector one for each element. The temporaries are of the largest tensor, per
-    element; bf16 weights are stepped as fp32 ones, one tensor at a time (`train.bf16`).
+    alone, and a vector one for each element. State of tensors of `paged_tensor_elements` elements
+    or more (0: of none) lies in memory that the driver moves between the GPU and the host; without
+    a GPU it is ordinary memory. The temporaries are of the largest tensor, per element; bf16
+    weights are stepped as fp32 ones, one tensor at a time (`train.bf16`).
     """
 
     name: str
@@ -22,6 +24,7 @@ class OptimizerSpec:
     bf16_state_bytes_per_parameter: float
     small_tensor_elements: int = 0
     factored: bool = False
+    paged_tensor_elements: int = 0
     step_bytes_per_parameter: float = 0.0
     bf16_step_bytes_per_parameter: float
     source: str
@@ -44,6 +47,23 @@ class OptimizerSpec:
         each = self.bf16_state_bytes_per_parameter if bf16 else self.state_bytes_per_parameter
         return each * elements
 
+    def paged_bytes(self, shape: Sequence[int], *, bf16: bool) -> float:
+        """How much of `state_bytes` need not be on the GPU.
+
+        >>> paged = OPTIMIZERS["adamw_8bit_paged"]
+        >>> paged.paged_bytes((768,), bf16=False), paged.paged_bytes((1000, 100), bf16=False)
+        (0.0, 200000.0)
+        """
+        elements = math.prod(shape)
+        if not self.paged_tensor_elements or elements < self.paged_tensor_elements:
+            return 0.0
+        # The scales of 8-bit moments stay.
+        each = self.bf16_state_bytes_per_parameter if bf16 else self.state_bytes_per_parameter
+        return elements * float(int(each))
+
+
+# bitsandbytes, optim/optimizer.py, get_state_buffer.
+_PAGED_ELEMENTS = 100_000
 
 _ROWS = (
     OptimizerSpec(
@@ -62,6 +82,23 @@ _ROWS = (
         bf16_step_bytes_per_parameter=8.0,  # weight and gradient in fp32
         source="two 8-bit moments and one fp32 scale each per 256: bitsandbytes.optim.AdamW8bit, "
         "min_8bit_size",
+    ),
+    OptimizerSpec(
+        name="adamw_paged",
+        state_bytes_per_parameter=8.0,
+        bf16_state_bytes_per_parameter=8.0,
+        paged_tensor_elements=_PAGED_ELEMENTS,
+        bf16_step_bytes_per_parameter=8.0,  # weight and gradient in fp32
+        source="two fp32 moments, whatever the weights: bitsandbytes.optim.PagedAdamW",
+    ),
+    OptimizerSpec(
+        name="adamw_8bit_paged",
+        state_bytes_per_parameter=2.0 + 8.0 / 256.0,
+        bf16_state_bytes_per_parameter=2.0 + 8.0 / 256.0,
+        small_tensor_elements=4096,
+        paged_tensor_elements=_PAGED_ELEMENTS,
+        bf16_step_bytes_per_parameter=8.0,
+        source="as AdamW8bit, its moments paged: bitsandbytes.optim.PagedAdamW8bit",
     ),
     OptimizerSpec(
         name="adafactor",

@@ -74,7 +74,7 @@ class Bf16Optimizer(Optimizer):
     that they are the same on all ranks and after a resume.
 
     Args:
-        build: makes the other optimizer for groups of parameters.
+        build: makes the other optimizer, `stepper`, for groups of parameters.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class Bf16Optimizer(Optimizer):
         rounding: Bf16Rounding,
         seed: int,
     ) -> None:
-        self._stepper = build([{"params": [nn.Parameter(torch.zeros(1))]}])
+        self.stepper = build([{"params": [nn.Parameter(torch.zeros(1))]}])
         self._rounding = rounding
         self._seed = seed
         self._num_steps = 0
-        super().__init__([dict(group) for group in groups], self._stepper.defaults)
+        super().__init__([dict(group) for group in groups], self.stepper.defaults)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -115,11 +115,11 @@ class Bf16Optimizer(Optimizer):
         assert parameter.grad is not None
         weight.grad = parameter.grad.float()
 
-        self._stepper.param_groups = [{**group, "params": [weight]}]
-        self._stepper.state[weight] = own | {key: x.float() for key, x in moments.items()}
-        self._stepper.step()
-        stepped = self._stepper.state.pop(weight)
-        self._stepper.param_groups = []
+        self.stepper.param_groups = [{**group, "params": [weight]}]
+        self.stepper.state[weight] = own | {key: x.float() for key, x in moments.items()}
+        self.stepper.step()
+        stepped = self.stepper.state.pop(weight)
+        self.stepper.param_groups = []
         weight.grad = None  # makes room for the random numbers
 
         if parameter.dtype != torch.bfloat16:

@@ -24,7 +24,7 @@ from accel_gpt2.train.hybrid import HybridLanguageModels
 from accel_gpt2.train.manifest import verify
 from accel_gpt2.train.masked import MaskedLanguageModel, PllEstimator
 from accel_gpt2.train.objective import TrainedModel, TransformersModel
-from accel_gpt2.train.quantized import nf4_config, settle_nf4
+from accel_gpt2.train.quantized import quantization_config, settle
 
 # What transformers' decoder families call their dropout rates.
 _DROPOUT_FIELDS = (
@@ -67,7 +67,7 @@ def build_model(
 ) -> TrainedModel:
     """The recipe's model on the CPU, from weights or from the seed, adapter included.
 
-    It is fp32, and bf16 with `mixed_precision = "pure_bf16"`. With a base in 4 bits
+    It is fp32, and bf16 with `mixed_precision = "pure_bf16"`. With a quantised base
     (`finetuning = "qlora"`) it is on this process's GPU, if there is one.
 
     Args:
@@ -140,7 +140,7 @@ def _transformers_model(
         )
     _check_positions(model.config, recipe)
     if recipe.gradient_checkpointing:
-        _checkpoint_activations(model)
+        _checkpoint_activations(model, recipe)
     if recipe.finetuning != "full":
         model = _add_lora(model, recipe)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -290,14 +290,14 @@ def _pretrained(recipe: TrainRecipe, tokens: _Tokens, class_names: Sequence[str]
 
 
 def _read_weights(location: str, config: Any, recipe: TrainRecipe) -> Any:
-    """The published model, in fp32 or its linear layers in 4 bits."""
+    """The published model, in fp32 or its linear layers quantised."""
     auto_class = _auto_class(recipe)
-    in_nf4 = recipe.finetuning == "qlora"
+    quantized = recipe.finetuning == "qlora"
     quantization = None
-    if in_nf4:
+    if quantized:
         with torch.device("meta"):
             shell = auto_class.from_config(config, trust_remote_code=False)
-        quantization = nf4_config(shell, recipe)
+        quantization = quantization_config(shell, recipe)
     model = auto_class.from_pretrained(
         location,
         config=config,
@@ -306,8 +306,8 @@ def _read_weights(location: str, config: Any, recipe: TrainRecipe) -> Any:
         dtype=torch.float32,
         local_files_only=weights_are_cached(location),
     )
-    if in_nf4:
-        settle_nf4(model, recipe)
+    if quantized:
+        settle(model, recipe)
     return model
 
 
@@ -403,13 +403,27 @@ def _fuse_gelu(config: Any, recipe: TrainRecipe) -> None:
         config.activation_function = "gelu_pytorch_tanh"
 
 
-def _checkpoint_activations(model: Any) -> None:
+def _checkpoint_activations(model: Any, recipe: TrainRecipe) -> None:
     # Reentrant checkpointing silently drops the gradients of adapters on a frozen base.
     options = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.23 and later
         model.activation_checkpointing_enable(options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    if recipe.checkpointed_layers is None:
+        return
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    blocks = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
+    if recipe.checkpointed_layers > len(blocks):
+        raise UsageError(
+            f"checkpointed_layers = {recipe.checkpointed_layers}: {recipe.model} has "
+            f"{len(blocks)} blocks that can be checkpointed; give --set "
+            f"checkpointed_layers={len(blocks)} or less, or leave it out for all."
+        )
+    # The first ones: when the backward pass comes to them, what the last ones keep is gone.
+    for block in blocks[recipe.checkpointed_layers :]:
+        block.gradient_checkpointing = False
 
 
 # A classification head is trained whole beside the adapter; peft has no task for masked LMs.
@@ -438,6 +452,7 @@ def _add_lora(model: Any, recipe: TrainRecipe) -> Any:
         lora_dropout=recipe.lora_dropout,
         target_modules=targets,
         fan_in_fan_out=conv1d,
+        use_dora=recipe.use_dora,
     )
     try:
         with quiet_transformers():

@@ -1,7 +1,7 @@
 """The optimizer and the learning rate of a step."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> Optimizer:
     For bf16 weights it is wrapped, so that rounding does not lose its updates.
 
     Raises:
-        UserError: when the 8-bit optimizer's library is not installed.
+        UserError: when the optimizer is bitsandbytes' and that is not installed.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -46,20 +46,25 @@ def _of_the_library(groups: list[dict[str, Any]], recipe: TrainRecipe) -> Optimi
             return torch.optim.AdamW(
                 groups, lr=recipe.learning_rate, betas=betas, eps=recipe.adam_epsilon, fused=True
             )
-        case "adamw_8bit":
-            try:
-                from bitsandbytes.optim import AdamW8bit
-            except ImportError:
-                raise UserError(
-                    "optimizer = 'adamw_8bit' needs bitsandbytes, which is not installed; type "
-                    "`pip install bitsandbytes`, or give --optimizer adamw."
-                ) from None
-            optimizer: Optimizer = AdamW8bit(
-                groups, lr=recipe.learning_rate, betas=betas, eps=recipe.adam_epsilon
-            )
-            return optimizer
         case "adafactor":
             return torch.optim.Adafactor(groups, lr=recipe.learning_rate)
+        case name:
+            try:
+                from bitsandbytes import optim
+            except ImportError:
+                raise UserError(
+                    f"optimizer = {name!r} needs bitsandbytes, which is not installed; type "
+                    "`pip install bitsandbytes`, or give --optimizer adamw."
+                ) from None
+            build: Callable[..., Optimizer] = getattr(optim, _BITSANDBYTES[name])
+            return build(groups, lr=recipe.learning_rate, betas=betas, eps=recipe.adam_epsilon)
+
+
+_BITSANDBYTES = {
+    "adamw_8bit": "AdamW8bit",
+    "adamw_paged": "PagedAdamW",
+    "adamw_8bit_paged": "PagedAdamW8bit",
+}
 
 
 def load_optimizer_state(
@@ -77,15 +82,30 @@ def load_optimizer_state(
     optimizer.load_state_dict({**saved, "state": state})
     for group, own in zip(optimizer.param_groups, options, strict=True):
         group.update(own)
+    if OPTIMIZERS[recipe.optimizer].paged_tensor_elements:
+        _page(optimizer)
+
+
+def _page(optimizer: Optimizer) -> None:
+    """Move a loaded state to paged memory: bitsandbytes leaves it in the GPU's own."""
+    plain = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
+    paging: Any = plain.stepper if isinstance(plain, Bf16Optimizer) else plain
+    for parameter, state in plain.state.items():
+        for key in ("state1", "state2"):
+            buffer = paging.get_state_buffer(parameter, dtype=state[key].dtype)
+            state[key] = buffer.copy_(state[key])
 
 
 def optimizer_state_bytes(parameters: Iterable[Tensor], recipe: TrainRecipe) -> int:
-    """What the recipe's optimizer keeps for these trained parameters, from its first step on."""
+    """What the recipe's optimizer keeps on the device for these trained parameters, from its first
+    step on."""
     row = OPTIMIZERS[recipe.optimizer]
     total = 0.0
     for parameter in parameters:
         bf16 = parameter.dtype == torch.bfloat16
         total += row.state_bytes(parameter.shape, bf16=bf16)
+        if parameter.is_cuda:
+            total -= row.paged_bytes(parameter.shape, bf16=bf16)
         if bf16 and recipe.bf16_rounding == "kahan":
             total += parameter.nbytes
     return round(total)

@@ -1,4 +1,4 @@
-"""A frozen base in 4 bits under LoRA adapters: QLoRA (Dettmers et al. 2023), by bitsandbytes.
+"""A frozen base in 4 or 8 bits under LoRA adapters: QLoRA (Dettmers et al. 2023), by bitsandbytes.
 
 What is quantised and what it costs is in docs/decisions/010-qlora.md.
 """
@@ -11,7 +11,7 @@ from torch import nn
 from accel_gpt2.recipe import MixedPrecision, TrainRecipe
 from accel_gpt2.train.preflight import check_bitsandbytes
 
-# What the 4-bit weights are multiplied in: what the recipe has the other matrix products in.
+# What quantised weights are multiplied in: what the recipe has the other matrix products in.
 _COMPUTE_DTYPES: dict[MixedPrecision, torch.dtype] = {
     "no": torch.float32,
     "fp16": torch.float16,
@@ -20,7 +20,7 @@ _COMPUTE_DTYPES: dict[MixedPrecision, torch.dtype] = {
 }
 
 
-def nf4_config(shell: Any, recipe: TrainRecipe) -> Any:
+def quantization_config(shell: Any, recipe: TrainRecipe) -> Any:
     """What `from_pretrained` is given to quantise a model's linear layers while it reads them.
 
     It puts the model on this process's GPU where there is one: quantising GPT-2 XL takes minutes on
@@ -35,22 +35,28 @@ def nf4_config(shell: Any, recipe: TrainRecipe) -> Any:
     check_bitsandbytes(recipe)
     from transformers import BitsAndBytesConfig
 
+    kept = [name for name, _ in shell.named_children() if name != shell.base_model_prefix]
+    if recipe.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=_COMPUTE_DTYPES[recipe.mixed_precision],
-        llm_int8_skip_modules=[
-            name for name, _ in shell.named_children() if name != shell.base_model_prefix
-        ],
+        llm_int8_skip_modules=kept,
     )
 
 
-def settle_nf4(model: nn.Module, recipe: TrainRecipe) -> None:
-    """Have a model read with `nf4_config` compute alike in training and in scoring."""
-    from bitsandbytes.nn import Linear4bit
+def settle(model: nn.Module, recipe: TrainRecipe) -> None:
+    """Have a model read with `quantization_config` compute alike in training and in scoring."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    from accel_gpt2.train.int8 import Int8Linear
 
     for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            module.__class__ = Int8Linear
+            module.settle(_COMPUTE_DTYPES[recipe.mixed_precision])
         if isinstance(module, Linear4bit):
             # On a CPU with AVX512-BF16 the first scoring would repack the weights for a kernel of
             # another rounding and without a gradient, and training would go on with that.
@@ -71,3 +77,17 @@ def num_weights(parameter: nn.Parameter) -> int:
     """How many weights a parameter stands for; a byte of a 4-bit one holds two."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else int(state.shape.numel())
+
+
+def dequantized(layer: Any) -> torch.Tensor:
+    """A quantised layer's weights in fp32, [out_features, in_features]."""
+    from bitsandbytes import functional
+    from bitsandbytes.nn import Linear4bit
+
+    if isinstance(layer, Linear4bit):
+        weights: torch.Tensor = functional.dequantize_4bit(
+            layer.weight.data, layer.weight.quant_state
+        )
+        return weights.float()
+    scaled: torch.Tensor = layer.weight.data.float() * layer.scale[:, None]
+    return scaled

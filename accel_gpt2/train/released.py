@@ -1,0 +1,98 @@
+"""Gradients that are freed as soon as their parameter is stepped (Lv et al. 2023, LOMO).
+
+A step then holds the gradients of the tensors that are being computed, not of all parameters.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from accel_gpt2.errors import UsageError
+from accel_gpt2.recipe import TrainRecipe
+from accel_gpt2.train.backend import PlainBackend
+from accel_gpt2.train.objective import TrainedModel
+
+
+class GradientReleaser:
+    """Steps each parameter of an optimizer in the backward pass, when its gradient is whole.
+
+    A gradient that is not finite changes nothing, but parameters behind it in the backward pass
+    have been stepped by then. Norms come from the device one by one, since each decides a step.
+
+    Args:
+        optimizer: whose parameters are stepped one at a time; its `step` is not to be called.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._group_numbers = {
+            parameter: number
+            for number, group in enumerate(optimizer.param_groups)
+            for parameter in group["params"]
+        }
+        self._squared_norms: list[float] = []
+        self._is_last = False
+        for parameter in self._group_numbers:
+            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+
+    @contextlib.contextmanager
+    def last_backward(self) -> Iterator[None]:
+        """Within it gradients are those of the whole step, so parameters are stepped."""
+        self._is_last = True
+        try:
+            yield
+        finally:
+            self._is_last = False
+
+    def grad_norm(self) -> float:
+        """The global norm of the gradients that the last backward pass released."""
+        norm = math.sqrt(sum(self._squared_norms))
+        self._squared_norms.clear()
+        return norm
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        if not self._is_last:
+            return
+        assert parameter.grad is not None
+        norm = float(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
+        self._squared_norms.append(norm**2)
+        if math.isfinite(norm):
+            groups = self._optimizer.param_groups
+            group = groups[self._group_numbers[parameter]]
+            self._optimizer.param_groups = [{**group, "params": [parameter]}]
+            self._optimizer.step()
+            self._optimizer.param_groups = groups
+        parameter.grad = None
+
+
+class ReleasingBackend(PlainBackend):
+    """One process whose backward pass updates the weights."""
+
+    def __init__(self, accelerator: Any, model: TrainedModel, recipe: TrainRecipe) -> None:
+        if accelerator.num_processes > 1:
+            raise UsageError(
+                f"release_gradients with {accelerator.num_processes} processes: gradients are "
+                "exchanged before any parameter is stepped; train on one GPU, or leave "
+                "release_gradients out."
+            )
+        super().__init__(accelerator, model, recipe)
+        self._releaser = GradientReleaser(getattr(self.optimizer, "optimizer", self.optimizer))
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        with self._releaser.last_backward() if last else contextlib.nullcontext():
+            super().backward(loss, last=last)
+
+    def clip_grad_norm(self, max_norm: float) -> float:
+        """What the norm was: the recipe says that nothing is clipped."""
+        return self._releaser.grad_norm()
+
+    def step(self) -> None:
+        """Done in the backward pass."""
+
+    def skip(self) -> None:
+        """Done in the backward pass, as far as it can be."""
