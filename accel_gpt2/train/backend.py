@@ -164,5 +164,9 @@ def build_backend(accelerator: Any, model: TrainedModel, recipe: TrainRecipe) ->
             from accel_gpt2.train.deepspeed import DeepSpeedBackend
 
             return DeepSpeedBackend(accelerator, model, recipe)
+        case _ if recipe.release_gradients:
+            from accel_gpt2.train.released import ReleasingBackend
+
+            return ReleasingBackend(accelerator, model, recipe)
         case _:
             return PlainBackend(accelerator, model, recipe)
