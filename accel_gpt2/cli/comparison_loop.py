@@ -1,7 +1,6 @@
 """A comparison at work: its runs are trained and evaluated one after another."""
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from accel_gpt2.classify.lock import hold
+from accel_gpt2.classify.status import read_ending
 from accel_gpt2.cli.comparison_runs import PreparedComparison, PreparedRun
 from accel_gpt2.cli.errors import report
 from accel_gpt2.cli.launcher import Launcher, run_launch
 from accel_gpt2.cli.output import say, warn
-from accel_gpt2.cli.run_directory import STATUS_FILE
 from accel_gpt2.cli.train import launch_training
 from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
 from accel_gpt2.failures import mark_as_told
@@ -151,9 +150,9 @@ def _train(run: PreparedRun, launcher: Launcher) -> None:
 
 
 def _last_words(run_directory: Path) -> str:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        status = json.loads((run_directory / STATUS_FILE).read_text(encoding="utf-8"))
-        return str(status["message"])
+    with contextlib.suppress(UserError):
+        if ending := read_ending(run_directory):
+            return ending[1]
     return ""
 
 

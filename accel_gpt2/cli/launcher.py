@@ -7,7 +7,6 @@ that is hit by the same signal dies at once or kills what it started.
 
 import contextlib
 import ctypes
-import json
 import os
 import shlex
 import shutil
@@ -23,9 +22,10 @@ from typing import Protocol
 
 from accel_gpt2.catalog.profiles import HardwareProfile
 from accel_gpt2.classify.lock import hold, read_owner, working_owner
+from accel_gpt2.classify.status import STATUS_FILE, read_ending, with_ending
 from accel_gpt2.cli.errors import outcome
 from accel_gpt2.cli.output import is_main_process, say
-from accel_gpt2.cli.run_directory import RECIPE_FILE, STATUS_FILE
+from accel_gpt2.cli.run_directory import RECIPE_FILE
 from accel_gpt2.durable import write_text
 from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
 from accel_gpt2.failures import mark_as_told
@@ -221,17 +221,9 @@ def _signal_group(process: "subprocess.Popen[bytes]", number: signal.Signals) ->
 
 
 def _exit_code(launch: Launch, launcher_code: int, signals: list[int], *, trained: bool) -> int:
-    try:
-        status = json.loads((launch.run_directory / STATUS_FILE).read_text(encoding="utf-8"))
-        code, message = int(status["exit_code"]), str(status["message"])
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{launch.run_directory / STATUS_FILE} cannot be read ({error}), so how the training "
-            "ended is unknown; start it again to go on."
-        ) from None
-    else:
+    ending = read_ending(launch.run_directory)
+    if ending is not None:
+        code, message = ending
         # Here and not by the trainer, so that it comes after all that its launcher has to say.
         saved = code in {ExitCode.DONE, ExitCode.LIMIT_REACHED, ExitCode.STOPPED}
         if message:
@@ -289,7 +281,9 @@ class Trainer:
         if not self._holds:
             return
         code, message = outcome(error)
-        status = json.dumps({"exit_code": code, "message": message, "pid": os.getpid()}) + "\n"
+        status = with_ending(
+            self._run_directory, exit_code=code, message=message, process=os.getpid()
+        )
         path = self._run_directory / STATUS_FILE
         try:
             write_text(path, status)
