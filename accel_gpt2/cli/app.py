@@ -7,6 +7,7 @@ import typer
 import accel_gpt2
 from accel_gpt2.cli.bench import bench
 from accel_gpt2.cli.compare import compare
+from accel_gpt2.cli.configs import app as configs
 from accel_gpt2.cli.demo import demo
 from accel_gpt2.cli.doctor import doctor
 from accel_gpt2.cli.errors import plain_app, run
@@ -48,6 +49,7 @@ app.command()(evaluate)
 app.command()(predict)
 app.command()(report)
 app.command()(compare)
+app.add_typer(configs, name="configs")
 app.command()(doctor)
 
 

@@ -37,7 +37,7 @@ def config_files(directory: str = ".") -> dict[str, str]:
 
 # What `accelerate_yaml` leaves out is in one place elsewhere: precision, clipping and accumulation
 # in the recipe, and ZeRO's own settings in the JSON.
-_FSDP2: Mapping[str, Any] = MappingProxyType(
+FSDP2_SETTINGS: Mapping[str, Any] = MappingProxyType(
     {
         "fsdp_version": 2,
         "fsdp_reshard_after_forward": True,
@@ -52,10 +52,10 @@ _FSDP2: Mapping[str, Any] = MappingProxyType(
 
 
 def accelerate_yaml(strategy: ShardingStrategy, directory: str = ".") -> str:
-    """The text of `accelerate_configs/<strategy>.yaml`; the JSON that it names is in `directory`."""
+    """The text of `accelerate_configs/<strategy>.yaml`; it names a JSON file below `directory`."""
     values = _values(strategy.backend, strategy.smallest_world_size)
     if strategy.backend == "fsdp2":
-        values["fsdp_config"] = dict(_FSDP2)
+        values["fsdp_config"] = dict(FSDP2_SETTINGS)
     if strategy.backend == "deepspeed":
         path = PurePosixPath(directory) / DEEPSPEED_DIRECTORY / f"{strategy.name}.json"
         values["deepspeed_config"] = {"deepspeed_config_file": str(path)}

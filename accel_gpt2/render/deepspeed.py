@@ -20,6 +20,8 @@ def deepspeed_config(strategy: ShardingStrategy) -> dict[str, Any]:
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": "auto"},
         "zero_allow_untested_optimizer": True,
+        # Offloaded too, the optimizer is torch's: as fast as DeepSpeed's own, and never compiled.
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": _zero_optimization(strategy),
     }
 

@@ -1,0 +1,77 @@
+"""`configs`: the files that `accelerate launch` reads, generated from the strategies' rows."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from accel_gpt2.cli.errors import plain_app
+from accel_gpt2.cli.options import DebugOption
+from accel_gpt2.cli.output import print_line, say
+from accel_gpt2.durable import write_text
+from accel_gpt2.errors import UserError
+
+app = plain_app(no_args_is_help=True)
+
+_Directory = Annotated[
+    Path, typer.Option(help="Where accelerate_configs/ and ds_configs/ are.", file_okay=False)
+]
+
+
+@app.callback()
+def configs() -> None:
+    """Launch files: accelerate_configs/*.yaml and ds_configs/*.json, one for each strategy."""
+
+
+@app.command()
+def write(directory: _Directory = Path(), debug: DebugOption = False) -> None:
+    """Write the files, from the catalog's strategies."""
+    write_files(directory, named_from=".")
+
+
+@app.command()
+def check(directory: _Directory = Path(), debug: DebugOption = False) -> None:
+    """Say which files `configs write` would change; exit code 1 if any."""
+    found = differences(directory)
+    if found:
+        raise UserError("\n".join([*found, "Write them again by `accel-gpt2 configs write`."]))
+
+
+@app.command()
+def copy(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Made if it is not there.")],
+    debug: DebugOption = False,
+) -> None:
+    """Write the files into a directory, to launch with from here."""
+    write_files(directory, named_from=directory.as_posix())
+
+
+def write_files(directory: Path, *, named_from: str) -> None:
+    """Write every file below `directory`, which the YAML files call `named_from`."""
+    from accel_gpt2.render.accelerate import config_files
+
+    files = config_files(named_from)
+    for name, text in files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+        print_line(str(path))
+    say(f"{len(files)} files written.")
+
+
+def differences(directory: Path) -> list[str]:
+    """One sentence for each file below `directory` that is missing, different or one too many."""
+    from accel_gpt2.render.accelerate import config_files
+
+    files = config_files()
+    found = []
+    for name, text in files.items():
+        path = directory / name
+        if not path.is_file():
+            found.append(f"{path} is missing.")
+        elif path.read_bytes() != text.encode():
+            found.append(f"{path} is not what the catalog's row says.")
+    folders = {directory / Path(name).parent for name in files}
+    there = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
+    extra = there - {directory / name for name in files}
+    return [*found, *(f"{path} belongs to no strategy." for path in sorted(extra))]
