@@ -34,6 +34,17 @@ class LanguageModel(TransformersModel):
             hidden, head.weight, head.bias, targets[valid], self.loss_chunk_tokens
         )
 
+    def losses_by_group(self, tensors: Sequence[Tensor], num_groups: int) -> list[Tensor]:
+        """What `forward` gives for each of as many equal groups of the batch's rows."""
+        input_ids, targets, valid = tensors
+        hidden, head = self.hidden_states(input_ids, valid)
+        sizes = valid.view(num_groups, -1).sum(dim=1).tolist()
+        groups = zip(torch.split(hidden, sizes), torch.split(targets[valid], sizes), strict=True)
+        return [
+            chunked_cross_entropy(rows, head.weight, head.bias, wanted, self.loss_chunk_tokens)
+            for rows, wanted in groups
+        ]
+
     def hidden_states(self, input_ids: Tensor, valid: Tensor) -> tuple[Tensor, nn.Linear]:
         """What the head is applied to, [valid targets, n_embd], and the head."""
         base = self.transformers_model
