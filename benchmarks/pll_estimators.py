@@ -20,7 +20,7 @@ import numpy as np
 from scipy.stats import norm
 
 from accel_gpt2.classify.run import Run, open_run
-from accel_gpt2.classify.scores import load_scorer
+from accel_gpt2.classify.scores import Scorers
 from accel_gpt2.data.sources import load_text_data
 from accel_gpt2.data.tokenized import TokenizedDocuments, tokenize_documents
 from accel_gpt2.recipe import Pll
@@ -75,7 +75,7 @@ def _documents(run: Run, count: int) -> TokenizedDocuments:
 
 
 def _scorer(run: Run, index: int, estimator: PllEstimator) -> MaskedLanguageModel:
-    model = load_scorer(run, index)
+    model = Scorers(run).load(index)
     if not isinstance(model, MaskedLanguageModel):
         raise SystemExit(f"{run.directory} holds no masked language models.")
     model.estimator = estimator

@@ -14,7 +14,7 @@ from accel_gpt2.classify.bayes import (
 )
 from accel_gpt2.classify.calibration import Calibration, calibrated_log_probabilities
 from accel_gpt2.classify.run import CALIBRATION, Run, open_run
-from accel_gpt2.classify.scores import InMemoryDocuments, load_scorer
+from accel_gpt2.classify.scores import InMemoryDocuments, Scorers
 from accel_gpt2.data.tokenizer import TextTokenizer
 from accel_gpt2.train.model import load_final_tokenizer
 from accel_gpt2.train.objective import TransformersModel
@@ -40,12 +40,14 @@ class Prediction:
 
 
 class Classifier:
-    """A trained run, ready to answer; each class's model is loaded once, when first needed."""
+    """A trained run, ready to answer; each class's model is loaded once, when first needed, and a
+    base of adapters once for all."""
 
     def __init__(self, run: Run, tokenizer: TextTokenizer, calibration: Calibration) -> None:
         self.run = run
         self._tokenizer = tokenizer
         self._calibration = calibration
+        self._scorers = Scorers(run)
         self._models: dict[int, TransformersModel] = {}
         self._accelerator = build_accelerator(run.recipe)
 
@@ -87,7 +89,7 @@ class Classifier:
         device = self._accelerator.device
         model = self._models.get(index)
         if model is None:
-            model = self._models[index] = load_scorer(self.run, index)
+            model = self._models[index] = self._scorers.load(index)
         model.to(device)
         scores = score_documents(
             model,
@@ -95,7 +97,7 @@ class Classifier:
             micro_batch_tokens=self.run.recipe.micro_batch_tokens,
             accelerator=self._accelerator,
         )
-        if device.type == "cuda":
+        if device.type == "cuda" and not self._scorers.share_base:
             model.cpu()  # one class on the card at a time: all of them may not fit
         return scores
 

@@ -27,11 +27,12 @@ from accel_gpt2.recipe import Pll
 from accel_gpt2.train.checkpoint import write_array
 from accel_gpt2.train.manifest import MANIFEST
 from accel_gpt2.train.masked import PllEstimator
-from accel_gpt2.train.model import load_final, load_final_tokenizer
+from accel_gpt2.train.model import load_base, load_final, load_final_tokenizer
 from accel_gpt2.train.objective import TransformersModel
 from accel_gpt2.train.processes import on_first_process
 from accel_gpt2.train.progress import TrainProgress
 from accel_gpt2.train.scoring import score_documents
+from accel_gpt2.train.shared_base import share_frozen
 
 _FINGERPRINTS = b"accel_gpt2_fingerprints"
 
@@ -58,19 +59,47 @@ class InMemoryDocuments:
         return self.encoded[index].token_ids
 
 
-def load_scorer(run: Run, index: int, pll: Pll = "full") -> TransformersModel:
-    """The model in `run.finals[index]`, ready to score."""
-    recipe = run.recipe
-    estimator = PllEstimator(
-        kind=pll, mask_fraction=recipe.mask_fraction, seed=recipe.seed, class_index=index
-    )
-    return load_final(run.finals[index], recipe, class_names=run.class_names, pll=estimator)
+class Scorers:
+    """A run's models, ready to score, each read when it is asked for.
+
+    Adapters of several classes stand on one base, which is read with the first of them and is in
+    memory once, wherever the last of them was put.
+    """
+
+    def __init__(self, run: Run, pll: Pll = "full") -> None:
+        self._run = run
+        self._pll = pll
+        self.share_base = run.recipe.finetuning != "full" and len(run.finals) > 1
+        self._base: Any = None
+
+    def load(self, index: int) -> TransformersModel:
+        """The model in `run.finals[index]`.
+
+        Raises:
+            UserError: when a file of it is missing or has changed, or the base cannot be had.
+        """
+        recipe = self._run.recipe
+        if self.share_base and self._base is None:
+            self._base = load_base(recipe)
+        return load_final(
+            self._run.finals[index],
+            recipe,
+            class_names=self._run.class_names,
+            pll=PllEstimator(
+                kind=self._pll,
+                mask_fraction=recipe.mask_fraction,
+                seed=recipe.seed,
+                class_index=index,
+            ),
+            base=share_frozen(self._base) if self.share_base else None,
+        )
 
 
 def score_texts(
     run: Run, texts: list[str], accelerator: Any, progress: TrainProgress | None = None
 ) -> Scores:
     """Score texts that belong to no class here; one model is in memory at a time."""
+    scorers = Scorers(run)
     tokenizer = load_final_tokenizer(run.finals[0])
     documents = InMemoryDocuments(tokenizer.encode(texts, run.recipe.max_length))
     started = time.monotonic()
@@ -79,7 +108,7 @@ def score_texts(
         label = f"other texts under {name} ({index + 1}/{len(run.finals)})"
         columns.append(
             score_documents(
-                load_scorer(run, index).to(accelerator.device),
+                scorers.load(index).to(accelerator.device),
                 documents,
                 micro_batch_tokens=run.recipe.micro_batch_tokens,
                 accelerator=accelerator,
@@ -139,6 +168,7 @@ def score_run(
     """
     document_fingerprint = _fingerprint_documents(tokens)
     cached = _read_cached(path, run)
+    scorers = Scorers(run, pll)
     kept: list[_Kept] = []
     for index, part_name in enumerate(_model_names(run)):
         manifest = (run.finals[index] / MANIFEST).read_bytes()
@@ -150,7 +180,7 @@ def score_run(
             kept.append(known)
             continue
         label = f"scoring under {part_name} ({index + 1}/{len(run.finals)})"
-        model = load_scorer(run, index, pll).to(accelerator.device)
+        model = scorers.load(index).to(accelerator.device)
         is_causal = run.recipe.objective in {"generative", "hybrid"}
         num_targets = int(tokens.lengths.sum(dtype=np.int64)) - len(tokens)
         token_scores = np.zeros(num_targets, dtype=np.float32) if is_causal else None

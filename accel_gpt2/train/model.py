@@ -216,12 +216,14 @@ def load_final(
     *,
     class_names: Sequence[str] = (),
     pll: PllEstimator | None = None,
+    base: Any | None = None,
 ) -> TransformersModel:
     """A trained model from its `final/` directory, full or adapter, ready to score.
 
     Args:
         class_names: of a classification head.
         pll: how a masked LM scores; None for the full pseudo-log-likelihood.
+        base: what an adapter is put on, from `load_base`; None reads it.
 
     Raises:
         UserError: when a file of it is missing or has changed, or the base cannot be had.
@@ -240,11 +242,8 @@ def load_final(
 
             if not (directory / "adapter_model.safetensors").is_file():
                 raise UserError(f"{directory} holds no adapter_model.safetensors.")
-            location = weights_location(recipe.model)
-            config = _read_config(location)
-            _fuse_gelu(config, recipe)
-            _set_tokens(config, tokens, recipe, class_names)
-            base = _read_weights(location, config, recipe)
+            if base is None:
+                base = _read_base(recipe, tokens, class_names)
             model: Any = PeftModel.from_pretrained(base, directory)
         else:
             auto_class = _auto_class(recipe)
@@ -255,6 +254,16 @@ def load_final(
     if recipe.mixed_precision == "pure_bf16":
         cast_to_bf16(wrapped)  # an adapter's base was bf16 when the adapter was trained
     return wrapped
+
+
+def load_base(recipe: TrainRecipe) -> Any:
+    """What the adapters of several classes were trained on, frozen, for `load_final`.
+
+    Raises:
+        UserError: when it cannot be had.
+    """
+    with _readable(f"weights of {recipe.model}"):
+        return _read_base(recipe, None, ()).requires_grad_(False)
 
 
 def load_final_tokenizer(directory: Path) -> TextTokenizer:
@@ -309,6 +318,16 @@ def _read_weights(location: str, config: Any, recipe: TrainRecipe) -> Any:
     if quantized:
         settle(model, recipe)
     return model
+
+
+def _read_base(recipe: TrainRecipe, tokens: _Tokens | None, class_names: Sequence[str]) -> Any:
+    """The published model as adapters are scored on it; tokens are for a classification head."""
+    location = weights_location(recipe.model)
+    config = _read_config(location)
+    _fuse_gelu(config, recipe)
+    if tokens is not None:
+        _set_tokens(config, tokens, recipe, class_names)
+    return _read_weights(location, config, recipe)
 
 
 def _set_tokens(

@@ -15,7 +15,7 @@ from accel_gpt2.classify.fit import fit
 from accel_gpt2.classify.predict import load_classifier
 from accel_gpt2.classify.prepare import prepare_data
 from accel_gpt2.classify.run import open_run
-from accel_gpt2.classify.scores import load_scorer
+from accel_gpt2.classify.scores import Scorers
 from accel_gpt2.data.sources import load_text_data
 from accel_gpt2.data.tokenized import Texts
 from accel_gpt2.errors import UserError
@@ -101,7 +101,7 @@ def test_scores_are_those_of_training(run: Path, resolved: ResolvedRecipe) -> No
         zip(opened.parts, opened.training_records(), strict=True)
     ):
         scores = score_documents(
-            load_scorer(opened, index).to(accelerator.device),
+            Scorers(opened).load(index).to(accelerator.device),
             validation,
             micro_batch_tokens=resolved.recipe.micro_batch_tokens,
             accelerator=accelerator,
