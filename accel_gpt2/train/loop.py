@@ -125,6 +125,7 @@ def train_steps(
     stop: StopRequest,
     progress: TrainProgress,
     log: LogRow,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Generator[MicroBatch, Tensor, TrainState]:
     """The training of one model, which leaves forward and backward passes to who drives it.
 
@@ -135,6 +136,9 @@ def train_steps(
     The loss of a step is the sum over its targets (of a language model the predicted tokens) over
     their number in the global batch, over all ranks and micro batches; so neither the number of
     these nor their size changes the result beyond rounding.
+
+    Args:
+        clock: seconds that go into this training, where it is not the only one.
 
     Raises:
         StoppedEarly: by a signal, the time limit or the budget, after saving.
@@ -206,7 +210,7 @@ def train_steps(
     running_targets = 0
     step_seconds = save_seconds = 0.0  # the longest so far
     timer = StepTimer()
-    started = time.monotonic()
+    started = clock()
     seconds_before = state.seconds
     line_started, line_tokens = started, 0
 
@@ -219,14 +223,14 @@ def train_steps(
         state.loss_targets += running_targets
         running_loss.zero_()
         running_targets = 0
-        state.seconds = seconds_before + time.monotonic() - started
+        state.seconds = seconds_before + clock() - started
         state.peak_memory_bytes = max(state.peak_memory_bytes, peak_memory_bytes(device))
 
     def save() -> None:
         nonlocal saved, save_seconds
         if saved == (state.step, state.evaluated_step):
             return
-        save_started = time.monotonic()
+        save_started = clock()
         gather_loss()
         random_states = gather_objects(accelerator, _random_state(device))
         weights = backend.gathered_weights()
@@ -252,7 +256,7 @@ def train_steps(
         on_first_process(accelerator, write)
         saved = (state.step, state.evaluated_step)
         stop.saved = True
-        save_seconds = max(save_seconds, time.monotonic() - save_started)
+        save_seconds = max(save_seconds, clock() - save_started)
 
     def evaluate() -> None:
         """Score the validation documents, note whether this is the best model so far, and save."""
@@ -349,7 +353,7 @@ def train_steps(
     while True:
         if evaluation_due():
             evaluate()
-            line_started, line_tokens = time.monotonic(), 0
+            line_started, line_tokens = clock(), 0
         if state.step == schedule.total_steps:
             break
         if stop.requested(device):
@@ -357,7 +361,7 @@ def train_steps(
                 save()
             raise stop.error()
 
-        step_started = time.monotonic()
+        step_started = clock()
         # One optimizer step: one global batch, in as many micro batches as the memory asks for.
         batch = schedule.epoch(state.epoch)[state.batch]
         batch_tokens, batch_targets = int((lengths[batch] - 1).sum()), int(num_targets[batch].sum())
@@ -405,7 +409,7 @@ def train_steps(
 
         if state.step % recipe.log_every_steps == 0 or state.step == schedule.total_steps:
             gather_loss()
-            now = time.monotonic()
+            now = clock()
             tokens_per_second = line_tokens / max(1e-9, now - line_started)
             line_started, line_tokens = now, 0
             mean_loss = state.loss_sum / state.loss_targets if state.loss_targets else math.nan
@@ -440,7 +444,7 @@ def train_steps(
                 cost_usd=None if price is None else price * run_hours,
             )
             progress.update(name, state.step, schedule.total_steps, facts)
-        this_step_seconds = time.monotonic() - step_started
+        this_step_seconds = clock() - step_started
         timer.add(this_step_seconds, batch_tokens)
         step_seconds = max(step_seconds, this_step_seconds)
         every = recipe.checkpoint_every_steps

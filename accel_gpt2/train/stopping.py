@@ -77,6 +77,7 @@ class StopRequest:
     ) -> None:
         self.preparing = True
         self.saved = saved  # whether there is work on the disk to go on from
+        self.trainings = 1  # how many have to finish their step and save before the end
         self.announce: Callable[[str], None] = _write  # called from a signal handler
         self._limits = tuple(limits)
         self._signals = _SIGNALS if handle_signals else ()
@@ -107,7 +108,7 @@ class StopRequest:
         return time.monotonic() - self._started
 
     def reserve(self, seconds: float) -> None:
-        """Keep this much of every limit for what comes between the question and the end."""
+        """Keep this much of every limit for what a training does between question and end."""
         self._reserve_seconds = max(self._reserve_seconds, seconds)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -128,7 +129,7 @@ class StopRequest:
 
         Costs one small collective when there are several processes.
         """
-        now = self.seconds + self._reserve_seconds
+        now = self.seconds + self.trainings * self._reserve_seconds
         reached = [i for i, limit in enumerate(self._limits, start=1) if now >= limit.seconds]
         cause = _BY_SIGNAL if self._signal is not None else max(reached, default=0)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
