@@ -7,7 +7,7 @@ tensors for all classes. docs/benchmarks/2026-11-23-shared-base.md compares the 
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
@@ -146,17 +146,16 @@ def train_side_by_side(
     stacked = stack([*pending.values()]) if len(pending) > 1 else None
     while pending:
         numbers = sorted(pending)
-        groups = [[number] for number in numbers]
-        if stacked is not None:
-            groups = stacked.groups({n: tuple(pending[n].tensors[0].shape) for n in numbers})
-        for group in groups:
-            if stacked is None or len(group) == 1:
-                advance(group[0])
-                continue
+        if stacked is None:
+            for number in numbers:
+                advance(number)
+            continue
+        for group in stacked.groups([pending[number] for number in numbers]):
+            together = [numbers[i] for i in group]
             started = time.monotonic()
-            losses = stacked.run([pending[number] for number in group])
-            share = (time.monotonic() - started) / len(group)
-            for number, loss in zip(group, losses, strict=True):
+            losses = stacked.run([pending[number] for number in together])
+            share = (time.monotonic() - started) / len(together)
+            for number, loss in zip(together, losses, strict=True):
                 begun[number].turn.add(share)
                 advance(number, loss)
     # Of the stops the last: by then all have saved what they had.
@@ -230,27 +229,26 @@ class StackedModels:
             joint.set_submodule(name, layer)
             self._layers.append(layer)
 
-    def groups(self, shapes: Mapping[int, tuple[int, ...]]) -> list[list[int]]:
-        """Which micro batches go through together, those of similar lengths.
-
-        Args:
-            shapes: [documents, longest] of each.
-        """
+    def groups(self, micro_batches: Sequence[MicroBatch]) -> list[list[int]]:
+        """Which micro batches, by their numbers here, go through together: those of like length."""
+        shapes = [tuple(item.tensors[0].shape) for item in micro_batches]  # documents x longest
         groups: list[list[int]] = []
-        size = (0, 0)
-        for number in sorted(shapes, key=lambda number: (-shapes[number][1], number)):
-            documents, longest = shapes[number]
-            widest = (max(size[0], documents), max(size[1], longest))
-            if groups and (len(groups[-1]) + 1) * widest[0] * widest[1] <= self._micro_batch_tokens:
+        documents = longest = 0
+        for number in sorted(range(len(shapes)), key=lambda number: -shapes[number][1]):
+            documents = max(documents, shapes[number][0])
+            longest = max(longest, shapes[number][1])
+            if groups and (len(groups[-1]) + 1) * documents * longest <= self._micro_batch_tokens:
                 groups[-1].append(number)
-                size = widest
             else:
                 groups.append([number])
-                size = (documents, longest)
+                documents, longest = shapes[number]
         return groups
 
     def run(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """The summed losses of micro batches of several models, detached, and their gradients."""
+        """The summed losses of micro batches of several models, detached; gradients are in place,
+        as after `MicroBatch.run`."""
+        if len(micro_batches) == 1:
+            return [micro_batches[0].run()]
         numbers = [self._numbers[id(item.backend.plain_model)] for item in micro_batches]
         for layer in self._layers:
             layer.numbers = numbers
@@ -306,36 +304,42 @@ class StackTrial:
     in_turn_seconds: float
     stacked_seconds: float
 
-    # In doubt one after another, which is bit for bit what each model is alone.
-    _LEAST_GAIN = 1.05
+    @property
+    def gain(self) -> float:
+        """How many times as fast stacked ones are."""
+        return self.in_turn_seconds / max(1e-9, self.stacked_seconds)
 
     @property
     def is_faster(self) -> bool:
-        return self.in_turn_seconds > self._LEAST_GAIN * self.stacked_seconds
+        """Clearly so: in doubt one after another, bit for bit what each model is alone."""
+        return self.gain > 1.05
 
 
 def try_stacking(
     stacked: StackedModels, trials: Sequence[Sequence[MicroBatch]], device: torch.device
-) -> StackTrial:
-    """Time both ways on the same micro batches, before any training: gradients are forgotten.
+) -> StackTrial | None:
+    """Time both ways on the same micro batches; None where too many tokens keep them apart.
+
+    It changes nothing: gradients are forgotten.
 
     Args:
-        trials: for each, a micro batch of every model.
+        trials: for each, a micro batch of every model, none of which has gradients yet.
     """
+    cuts = [stacked.groups(micro_batches) for micro_batches in trials]
+    if all(len(group) == 1 for groups in cuts for group in groups):
+        return None
     seconds = {"in_turn": 0.0, "stacked": 0.0}
-    for number, micro_batches in enumerate((trials[0], *trials)):
-        shapes = {i: tuple(item.tensors[0].shape) for i, item in enumerate(micro_batches)}
-        groups = stacked.groups(shapes)
-        for way in seconds:
+    # The first one twice: at its first time memory is taken and kernels are chosen.
+    for number in (-1, *range(len(trials))):
+        micro_batches, groups = trials[max(0, number)], cuts[max(0, number)]
+        alone = [[i] for i in range(len(micro_batches))]
+        for way, parts in (("in_turn", alone), ("stacked", groups)):
             _wait_for(device)
             started = time.monotonic()
-            for group in groups if way == "stacked" else [[i] for i in shapes]:
-                if len(group) == 1:
-                    micro_batches[group[0]].run()
-                else:
-                    stacked.run([micro_batches[i] for i in group])
+            for part in parts:
+                stacked.run([micro_batches[i] for i in part])
             _wait_for(device)
-            if number > 0:  # the first time memory is taken and kernels are chosen
+            if number >= 0:
                 seconds[way] += time.monotonic() - started
     for item in trials[0]:
         item.backend.zero_grad()
