@@ -7,6 +7,9 @@ from types import MappingProxyType
 from typing import Literal
 
 Backend = Literal["none", "ddp", "fsdp2", "deepspeed"]
+StrategyName = Literal[
+    "single", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +22,7 @@ class ShardingStrategy:
     predict the others too, and recommend only what runs.
     """
 
-    name: str
+    name: StrategyName
     title: str
     backend: Backend
     zero_stage: int = 0

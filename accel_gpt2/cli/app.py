@@ -43,7 +43,7 @@ def _global_options(
 app.command()(demo)
 app.command()(profiles)
 app.command()(with_train_options(plan, without={"dry_run", "quiet"}))
-app.command()(with_train_options(bench, without={"output_dir", "resume", "dry_run"}))
+app.command()(with_train_options(bench, without={"output_dir", "resume", "dry_run", "strategy"}))
 app.command()(train_command(start_training))
 app.command()(evaluate)
 app.command()(predict)

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Protocol
 
 from accel_gpt2.catalog.profiles import HardwareProfile
+from accel_gpt2.catalog.strategies import ShardingStrategy
 from accel_gpt2.classify.lock import hold, read_owner, working_owner
 from accel_gpt2.classify.status import STATUS_FILE, read_ending, with_ending
 from accel_gpt2.cli.errors import outcome
@@ -29,10 +30,9 @@ from accel_gpt2.cli.run_directory import RECIPE_FILE
 from accel_gpt2.durable import write_text
 from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
 from accel_gpt2.failures import mark_as_told
-from accel_gpt2.recipe import MixedPrecision, autocast_precision
+from accel_gpt2.render.accelerate import ACCELERATE_DIRECTORY, DEEPSPEED_DIRECTORY
 from accel_gpt2.terminal import shortened
 
-ACCELERATE_FILE = "accelerate.yaml"
 COMMAND_FILE = "command.txt"
 
 # Set for a trainer whose exit code is read from status.json by the process that it names.
@@ -61,8 +61,9 @@ class Launcher(Protocol):
     def __call__(self, launch: Launch) -> int: ...
 
 
-def launch_script(name: str) -> Path:
-    """`launch/<name>` of a checkout, or its copy inside an installed package.
+def shipped_file(name: str) -> Path:
+    """A file that is handed to a launcher, such as `launch/train.py`: a checkout's, or its copy
+    inside an installed package.
 
     Raises:
         UserError: when neither is there.
@@ -70,35 +71,15 @@ def launch_script(name: str) -> Path:
     import accel_gpt2
 
     package = Path(accel_gpt2.__file__).parent
-    for script in (package.parent / "launch" / name, package / "_launch" / name):
-        if script.is_file():
-            return _relative(script)
-    raise UserError(
-        f"launch/{name} is neither beside nor inside {package}: install accel-gpt2 again."
-    )
+    for path in (package.parent / name, package / f"_{name}"):
+        if path.is_file():
+            return _relative(path)
+    raise UserError(f"{name} is neither beside nor inside {package}: install accel-gpt2 again.")
 
 
 def _relative(path: Path) -> Path:
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
-
-
-def accelerate_config(profile: HardwareProfile, mixed_precision: MixedPrecision) -> str:
-    """The YAML of a launch. A file, because flags alone do not hold off a stale default config."""
-    import yaml
-
-    values = {
-        "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "MULTI_GPU" if profile.num_gpus > 1 else "NO",
-        "use_cpu": profile.gpu is None,
-        "gpu_ids": "all",
-        "num_machines": 1,
-        "num_processes": max(1, profile.num_gpus),
-        "machine_rank": 0,
-        "mixed_precision": autocast_precision(mixed_precision),
-        "debug": False,
-    }
-    return yaml.safe_dump(values, sort_keys=False)
 
 
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the newer name first
@@ -120,9 +101,16 @@ def use_expandable_segments(
         environment[_ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
+def use_nvidia_smi_order(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Have CUDA number the GPUs as `nvidia-smi` does, by which they were detected, before torch is
+    imported. Its own order is fastest first; what the person has set stays."""
+    environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
+
 def training_launch(
     run_directory: Path,
     *,
+    strategy: ShardingStrategy,
     num_cores: int,
     num_processes: int,
     options: Sequence[str] = (),
@@ -130,20 +118,27 @@ def training_launch(
 ) -> Launch:
     """The `accelerate launch` command that trains what a run directory's recipe says.
 
-    `options` are passed on to `launch/train.py`. Where OMP_NUM_THREADS says nothing, each process
-    gets its share of the cores; accelerate would give it one.
+    It always names the strategy's file: without one a default_config.yaml of the person's would
+    apply. `options` are passed on to `launch/train.py`. Where OMP_NUM_THREADS says nothing, each
+    process gets its share of the cores; accelerate would give it one.
     """
+    configs = [f"--config_file={shipped_file(f'{ACCELERATE_DIRECTORY}/{strategy.name}.yaml')}"]
+    if strategy.backend == "deepspeed":  # which the YAML calls by where it is in a checkout
+        file = shipped_file(f"{DEEPSPEED_DIRECTORY}/{strategy.name}.json")
+        configs.append(f"--deepspeed_config_file={file}")
     threads = environment.get("OMP_NUM_THREADS") or str(max(1, num_cores // num_processes))
     argv = (
         _accelerate(),
         "launch",
         # Without --quiet, accelerate adds a traceback of its own to each exit code but 0.
         "--quiet",
-        f"--config_file={run_directory / ACCELERATE_FILE}",
+        *configs,
+        f"--num_processes={num_processes}",
         f"--num_cpu_threads_per_process={threads}",
-        str(launch_script("train.py")),
+        str(shipped_file("launch/train.py")),
         f"--recipe={run_directory / RECIPE_FILE}",
         f"--output-dir={run_directory}",
+        f"--strategy={strategy.name}",
         *options,
     )
     return Launch(argv=argv, run_directory=run_directory)

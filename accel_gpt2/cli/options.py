@@ -4,12 +4,13 @@ import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from accel_gpt2.catalog.datasets import DATASETS
 from accel_gpt2.catalog.models import MODELS
+from accel_gpt2.catalog.strategies import StrategyName
 from accel_gpt2.cli.errors import show_tracebacks
 from accel_gpt2.errors import UsageError
 from accel_gpt2.recipe import (
@@ -25,6 +26,8 @@ from accel_gpt2.recipe import (
 from accel_gpt2.units import parse_seconds
 
 _DEFAULTS = TrainRecipe()
+
+StrategyChoice = Literal["auto", StrategyName]
 
 DebugOption = Annotated[
     bool,
@@ -54,11 +57,12 @@ class TrainOptions:
     """What was typed after `train` or `launch/train.py`.
 
     `layers` hold the options that are recipe values, one layer each, so that a complaint can name
-    the option.
+    the option. `strategy` is a catalog name; it is no recipe value, because it belongs to a launch.
     """
 
     layers: tuple[Layer, ...] = ()
     recipe_file: Path | None = None
+    strategy: StrategyChoice = "auto"
     output_dir: Path | None = None
     resume: str = "auto"
     dry_run: bool = False
@@ -118,6 +122,10 @@ def train_command(act: Callable[[TrainOptions], None]) -> Callable[..., None]:
                 help="Less memory for a third more time. [default: by plan]",
             ),
         ] = None,
+        strategy: Annotated[
+            StrategyChoice,
+            typer.Option(help="How one model is spread over the GPUs; auto: by plan."),
+        ] = "auto",
         placement: Annotated[
             PlacementChoice | None,
             typer.Option(help="How the classes' models share the machine. [default: by plan]"),
@@ -183,6 +191,7 @@ def train_command(act: Callable[[TrainOptions], None]) -> Callable[..., None]:
             TrainOptions(
                 layers=command_line_layers(values, set_ or []),
                 recipe_file=recipe,
+                strategy=strategy,
                 output_dir=output_dir,
                 resume=resume,
                 dry_run=dry_run,
@@ -249,7 +258,7 @@ def command_line_layers(values: dict[str, object], assignments: list[str]) -> tu
 
 
 def typed_words(options: TrainOptions) -> list[str]:
-    """What was typed of a recipe and its directory, as words of a command line.
+    """What was typed of a recipe, its strategy and directory, as words of a command line.
 
     >>> typed_words(TrainOptions(layers=command_line_layers(
     ...     {"model": "gpt2", "gradient_checkpointing": False}, ["class_names=no,yes"])))
@@ -264,9 +273,9 @@ def typed_words(options: TrainOptions) -> list[str]:
                 words.append(layer.origin if value else layer.origin.replace("--", "--no-", 1))
             else:
                 words += [layer.origin, _typed_value(value)]
-    return (
-        words if options.output_dir is None else [*words, "--output-dir", str(options.output_dir)]
-    )
+    words += [] if options.strategy == "auto" else ["--strategy", options.strategy]
+    words += [] if options.output_dir is None else ["--output-dir", str(options.output_dir)]
+    return words
 
 
 def _typed_value(value: object) -> str:

@@ -99,14 +99,15 @@ def make_plan(
     Raises:
         UsageError: for a wrong recipe, an unknown profile, or a model of unknown shape.
     """
-    from accel_gpt2.cli.planning import kept_choices, plan_here
+    from accel_gpt2.cli.planning import asked_strategy, kept_choices, plan_here
 
     given = given_layers(options)
     asked = resolve(given).recipe
     profile = planned_profile(asked.profile, detect)
     directory = options.output_dir or default_run_directory(asked)
     kept = kept_choices(directory, profile, resume=options.resume)
-    made = plan_here([*kept, *given], profile, prefer=prefer, depth=depth)
+    strategy = asked_strategy(options.strategy, profile)
+    made = plan_here([*kept, *given], profile, prefer=prefer, depth=depth, strategy=strategy)
     if made is None:
         raise UsageError(
             f"The shape of {asked.model!r} is not known here: give a catalog name, or a folder "

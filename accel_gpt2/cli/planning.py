@@ -6,21 +6,22 @@
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from accel_gpt2.catalog.models import MODELS, ModelSpec, ModelType
 from accel_gpt2.catalog.profiles import HardwareProfile
-from accel_gpt2.catalog.strategies import ShardingStrategy
+from accel_gpt2.catalog.strategies import STRATEGIES, ShardingStrategy
 from accel_gpt2.cli.hardware import describe_profile
 from accel_gpt2.cli.output import say
 from accel_gpt2.cli.run_directory import RECIPE_FILE
 from accel_gpt2.data.cache import cache_directory
-from accel_gpt2.errors import UserError
+from accel_gpt2.errors import UsageError, UserError
 from accel_gpt2.plan.calibration import CALIBRATION_FILE, Calibration, read_records
 from accel_gpt2.plan.candidates import RESULT_CHOICES, Preference
 from accel_gpt2.plan.data import DataStatistics, dataset_statistics
 from accel_gpt2.plan.memory import ByteRange, MemoryPlan, MemoryTerm, covers, plan_memory
+from accel_gpt2.plan.placement import PLACEMENTS, Placement
 from accel_gpt2.plan.search import Depth, RunPlan, plan_run, shortage
 from accel_gpt2.recipe import Layer, TrainRecipe, read_layer, resolve
 
@@ -115,12 +116,34 @@ def kept_choices(
     return (Layer(origin=str(path), values=values),)
 
 
+def asked_strategy(name: str, profile: HardwareProfile) -> ShardingStrategy | None:
+    """The strategy that `--strategy` asks for; None where it leaves it to the plan.
+
+    Raises:
+        UsageError: when the profile has not as many GPUs as it takes.
+    """
+    if name == "auto":
+        return None
+    strategy = STRATEGIES[name]
+    num_processes = max(1, profile.num_gpus)
+    if not strategy.trained:
+        raise UsageError(f"--strategy {name}: this version does not run it yet.")
+    if num_processes < strategy.smallest_world_size:
+        raise UsageError(
+            f"--strategy {name} spreads a model over {strategy.smallest_world_size} GPUs or more, "
+            f"and profile {profile.name} has {profile.num_gpus}: give --strategy single."
+        )
+    return strategy
+
+
 def plan_here(
     layers: Sequence[Layer],
     profile: HardwareProfile,
     *,
     prefer: Preference = "faithful",
     depth: Depth = "all",
+    strategy: ShardingStrategy | None = None,
+    placements: Iterable[Placement] = tuple(PLACEMENTS),
 ) -> RunPlan | None:
     """The plan of what was given; None for a model whose shape is not known.
 
@@ -128,7 +151,7 @@ def plan_here(
     margin, and searched for what changes rounding only: a guess may not change what is trained.
 
     Raises:
-        UsageError: when what was given is no recipe.
+        UsageError: when what was given is no recipe, or cannot be trained as it is asked for.
     """
     recipe = resolve(layers).recipe
     model = model_spec(recipe)
@@ -142,6 +165,8 @@ def plan_here(
             model=model,
             data=data,
             prefer=prefer,
+            placements=placements,
+            strategy=strategy,
             scope="trained" if depth == "none" else "predicted",
             depth=depth,
             calibration=measured_here(),
@@ -152,6 +177,8 @@ def plan_here(
         model=model,
         data=data,
         prefer=prefer,
+        placements=placements,
+        strategy=strategy,
         scope="trained",
         only_rounding=True,
         memory_of=cautious_memory,

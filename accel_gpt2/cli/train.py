@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from accel_gpt2.catalog.profiles import HardwareProfile
+from accel_gpt2.catalog.strategies import STRATEGIES, ShardingStrategy
 from accel_gpt2.classify.lock import claim
 from accel_gpt2.cli.errors import plain_app, report, run
 from accel_gpt2.cli.hardware import (
@@ -21,18 +22,17 @@ from accel_gpt2.cli.hardware import (
     profile_here,
 )
 from accel_gpt2.cli.launcher import (
-    ACCELERATE_FILE,
     COMMAND_FILE,
     Launch,
     Launcher,
     Trainer,
-    accelerate_config,
     recorded_outcome,
     run_launch,
     starter,
     stop_with_parent,
     training_launch,
     use_expandable_segments,
+    use_nvidia_smi_order,
 )
 from accel_gpt2.cli.options import TrainOptions, train_command
 from accel_gpt2.cli.output import is_main_process, print_line, say, warn
@@ -43,7 +43,8 @@ from accel_gpt2.cli.run_directory import (
     prepare_run_directory,
 )
 from accel_gpt2.durable import write_text
-from accel_gpt2.errors import DoesNotFitError, ExitCode, StoppedEarly, UserError
+from accel_gpt2.errors import DoesNotFitError, ExitCode, StoppedEarly, UsageError, UserError
+from accel_gpt2.plan.placement import PLACEMENTS, Placement
 from accel_gpt2.recipe import (
     FIELDS,
     Layer,
@@ -62,11 +63,15 @@ if TYPE_CHECKING:
 class TrainChoice:
     """Everything that is decided before anything is loaded.
 
-    `plan` is None for a recipe that was resolved before, and for a model of unknown shape.
+    `strategy` is how one model is spread over the processes of a launch, `placement` how the models
+    of the classes share the machine. `plan` is None for a recipe that was resolved before, and for
+    a model of unknown shape.
     """
 
     resolved: ResolvedRecipe
     profile: HardwareProfile
+    strategy: ShardingStrategy
+    placement: Placement
     hardware: DetectedHardware
     run_directory: Path
     plan: "RunPlan | None"
@@ -77,36 +82,68 @@ def choose(
     options: TrainOptions,
     *,
     detect: Callable[[], DetectedHardware] = detect_hardware,
+    launched: ShardingStrategy | None = None,
 ) -> TrainChoice:
     """Resolve the recipe here: defaults < model < plan < file < environment < options.
 
+    Args:
+        launched: the strategy that a launcher started this process with; it is no longer a choice.
+
     Raises:
         UserError: for a wrong recipe, an unknown profile, a machine that has not got what the
-            profile promises, or what cannot fit in any way.
+            profile promises, or what cannot be trained or fit in any way.
     """
-    from accel_gpt2.cli.planning import kept_choices, plan_here
+    from accel_gpt2.cli.planning import asked_strategy, kept_choices, plan_here
+    from accel_gpt2.plan.support import check_supported
 
     given = given_layers(options)
     asked = resolve(given)  # all complaints about what was typed, before looking around
+    own = _is_own_recipe(options.recipe_file, options.output_dir)
     hardware = detect()
     profile = choose_profile(asked.recipe.profile, hardware)
     # By what was asked for: what a plan chooses may be another choice tomorrow.
     run_directory = options.output_dir or default_run_directory(asked.recipe)
+    strategy = launched or asked_strategy(options.strategy, profile)
+    if launched is not None and asked.recipe.placement in {"per-gpu", "concurrent"} and not own:
+        raise UsageError(
+            f"--placement {asked.recipe.placement} starts processes of its own: give "
+            f"`accel-gpt2 train --placement {asked.recipe.placement}`."
+        )
     resolved, plan = asked, None
     warnings: list[str] = []
-    if not _is_own_recipe(options.recipe_file, options.output_dir):
+    if not own:
         given = [*kept_choices(run_directory, profile, resume=options.resume), *given]
-        plan = plan_here(given, profile_here(profile, hardware), depth="none")
+        plan = plan_here(
+            given,
+            profile_here(profile, hardware),
+            depth="none",
+            strategy=strategy,
+            placements=tuple(PLACEMENTS) if launched is None else _IN_ONE_LAUNCH,
+        )
         resolved, warnings = _planned(plan, given, profile)
+    option = None if plan is None else plan.recommended or plan.smallest
+    if option is not None:
+        strategy = option.strategy
+    elif strategy is None:
+        strategy = STRATEGIES["ddp" if profile.num_gpus > 1 else "single"]
+    placement = resolved.recipe.placement
+    placement = "sequential" if placement == "auto" else placement
+    check_supported(resolved.recipe, strategy, placement)
     precision = resolved.recipe.mixed_precision
     return TrainChoice(
         resolved=resolved,
         profile=profile,
+        strategy=strategy,
+        placement=placement,
         hardware=hardware,
         run_directory=run_directory,
         plan=plan,
         warnings=(*check_profile(asked.recipe.profile, profile, hardware, precision), *warnings),
     )
+
+
+# The others start processes of their own.
+_IN_ONE_LAUNCH: tuple[Placement, ...] = ("sequential", "shared-base")
 
 
 def given_layers(options: TrainOptions) -> list[Layer]:
@@ -178,6 +215,10 @@ def launch_training(options: TrainOptions, launcher: Launcher = run_launch) -> i
     choice = choose(options)
     _announce(choice, quiet=options.quiet)
     check_run_directory(choice.run_directory, choice.resolved.recipe, resume=options.resume)
+    if choice.placement not in _IN_ONE_LAUNCH:
+        from accel_gpt2.cli.placed import train_placed
+
+        return train_placed(choice, options, launcher)
     launch = _launch(choice, options)
     if options.dry_run:
         show_recipe(choice.resolved)
@@ -187,10 +228,6 @@ def launch_training(options: TrainOptions, launcher: Launcher = run_launch) -> i
     recipe = choice.resolved.recipe
     with claim(choice.run_directory):
         prepare_run_directory(choice.run_directory, recipe, resume=options.resume)
-        write_text(
-            choice.run_directory / ACCELERATE_FILE,
-            accelerate_config(choice.profile, recipe.mixed_precision),
-        )
         write_text(choice.run_directory / COMMAND_FILE, launch.line + "\n")
         say(f"$ {launch.line}", style="bold")
         return launcher(launch)
@@ -202,10 +239,15 @@ def _launch(choice: TrainChoice, options: TrainOptions) -> Launch:
     passed_on += ["--debug"] if options.debug else []
     return training_launch(
         choice.run_directory,
+        strategy=choice.strategy,
         num_cores=choice.hardware.num_cores,
-        num_processes=max(1, choice.profile.num_gpus),
+        num_processes=_num_processes(choice),
         options=passed_on,
     )
+
+
+def _num_processes(choice: TrainChoice) -> int:
+    return 1 if choice.strategy.backend == "none" else max(1, choice.profile.num_gpus)
 
 
 def train_here(options: TrainOptions) -> None:
@@ -213,9 +255,18 @@ def train_here(options: TrainOptions) -> None:
 
     This is what a launcher starts: `accelerate launch launch/train.py --profile rtx4070ti`.
     """
+    from accel_gpt2.train.startup import launched_strategy
+
     stop_with_parent()
-    choice = choose(options)
+    launched = launched_strategy(os.environ)
+    if options.strategy not in {"auto", launched.name}:
+        raise UsageError(
+            f"--strategy {options.strategy} is asked for, and this was launched as {launched.name}:"
+            f" give `accelerate launch --config_file accelerate_configs/{options.strategy}.yaml`."
+        )
+    choice = choose(options, launched=launched)
     use_expandable_segments(choice.profile)
+    use_nvidia_smi_order()
     if options.dry_run:
         if is_main_process():
             show_recipe(choice.resolved)
@@ -273,7 +324,10 @@ def _train(choice: TrainChoice, options: TrainOptions, trainer: Trainer) -> None
 def _use_device(choice: TrainChoice) -> None:
     """Have accelerate use what the profile says, and check that this torch can."""
     if choice.profile.gpu is None:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
+        if choice.strategy.is_sharded:  # accelerate would make DDP of it
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        else:
+            os.environ["ACCELERATE_USE_CPU"] = "true"
         return
     import torch
 
@@ -287,8 +341,9 @@ def _use_device(choice: TrainChoice) -> None:
     if world_size < choice.profile.num_gpus:
         warn(
             f"Profile {choice.profile.name} has {choice.profile.num_gpus} GPUs, and the launcher "
-            f"started {world_size} process(es): give `accelerate launch --multi_gpu "
-            f"--num_processes {choice.profile.num_gpus}` to use them all."
+            f"started {world_size} process(es): give `accelerate launch --config_file "
+            f"accelerate_configs/ddp.yaml --num_processes {choice.profile.num_gpus}` to use them "
+            "all."
         )
 
 

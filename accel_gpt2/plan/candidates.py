@@ -141,18 +141,25 @@ def spreads(
     profile: HardwareProfile,
     *,
     num_classes: int,
+    strategy: ShardingStrategy | None = None,
 ) -> Iterator[tuple[ShardingStrategy, Placement]]:
-    """Ways over the machine: each model on all GPUs, or whole models on single ones."""
-    for strategy in STRATEGIES.values():
-        if strategy.backend == "none":
-            for placement in applicable_placements(
-                recipe, num_classes=num_classes, num_gpus=profile.num_gpus
-            ):
+    """Ways over the machine: each model on all GPUs, or whole models on single ones.
+
+    A placement that the recipe asks for, and a `strategy`, are kept whether they help or not.
+    """
+    placements = applicable_placements(recipe, num_classes=num_classes, num_gpus=profile.num_gpus)
+    if recipe.placement != "auto":
+        placements = (recipe.placement,)
+    for row in STRATEGIES.values() if strategy is None else [strategy]:
+        if row.backend == "none":
+            for placement in placements:
                 # One model after another has all GPUs: `train` starts a process on each.
-                if placement != "sequential" or profile.num_gpus <= 1:
-                    yield strategy, placement
-        elif profile.num_gpus > 1 or (profile.num_gpus == 1 and strategy.offloads_optimizer):
-            yield strategy, "sequential"
+                if placement != "sequential" or profile.num_gpus <= 1 or strategy is not None:
+                    yield row, placement
+        elif "sequential" in placements and (
+            row.smallest_world_size <= profile.num_gpus or strategy is not None
+        ):
+            yield row, "sequential"
 
 
 def library_refusal(recipe: TrainRecipe, strategy: ShardingStrategy) -> str | None:

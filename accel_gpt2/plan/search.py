@@ -23,6 +23,7 @@ from accel_gpt2.plan.candidates import (
     levels,
     library_refusal,
     pinned,
+    plan_origin,
     spreads,
 )
 from accel_gpt2.plan.data import DataStatistics, dataset_statistics
@@ -239,6 +240,7 @@ class _Situation:
     data_is_known: bool
     prefer: Preference
     placements: frozenset[Placement]
+    strategy: ShardingStrategy | None
     scope: Scope
     depth: Depth
     only_rounding: bool
@@ -255,6 +257,7 @@ def plan_run(
     data: DataStatistics | None = None,
     prefer: Preference = "faithful",
     placements: Iterable[Placement] = tuple(PLACEMENTS),
+    strategy: ShardingStrategy | None = None,
     scope: Scope = "predicted",
     depth: Depth = "all",
     only_rounding: bool = False,
@@ -275,13 +278,14 @@ def plan_run(
         model: the shape; None for that of the recipe's catalog row.
         data: None for the statistics of the catalog's row.
         placements: the ways to place the classes that are considered.
+        strategy: the one that is asked for; None for whichever is best.
         scope: whether what this version does not train is planned too, and may be recommended.
         depth: what is planned below the first level that fits; it does not change the answer.
         only_rounding: whether to search only what changes rounding (how a step is cut), and leave
             what else is free at the first of the faithful order.
 
     Raises:
-        UsageError: when what was given is no recipe.
+        UsageError: when what was given is no recipe, or nothing can train it as it is asked for.
     """
     asked = resolve(layers)
     data = data or dataset_statistics(asked.recipe)
@@ -292,6 +296,7 @@ def plan_run(
         data_is_known=data is not None,
         prefer=prefer,
         placements=frozenset(placements),
+        strategy=strategy,
         scope=scope,
         depth=depth,
         only_rounding=only_rounding,
@@ -300,6 +305,9 @@ def plan_run(
         time_of=time_of,
     )
     options, refused = _candidates(layers, situation)
+    if not options:
+        why = refused[0].reason if refused else "this version does not run it"
+        raise UsageError(f"{situation.model.name} cannot be trained as asked: {why}.")
     best = _best(options, situation)
     others = sorted(
         (x for x in options if x is not best),
@@ -373,7 +381,10 @@ def _candidates(
         cut = list(cuts(level.resolved, layers, profile, longest_tokens=longest_tokens))
         plans: dict[tuple[str, TrainRecipe], tuple[MemoryPlan, TimePlan | None]] = {}
         for strategy, placement in spreads(
-            level.resolved.recipe, profile, num_classes=data.num_classes
+            level.resolved.recipe,
+            profile,
+            num_classes=data.num_classes,
+            strategy=situation.strategy,
         ):
             runs = strategy.trained and PLACEMENTS[placement].trained
             skipped = situation.scope == "trained" or (fitted and situation.depth == "trained")
@@ -444,6 +455,11 @@ def _option(
             x * share for x in (time.total.low, time.total.expected, time.total.high)
         )
         seconds = SecondsRange(low=low, expected=expected, high=high)
+    if resolved.recipe.placement == "auto":
+        resolved = ResolvedRecipe(
+            recipe=dataclasses.replace(resolved.recipe, placement=placement),
+            origins={**resolved.origins, "placement": plan_origin(profile)},
+        )
     return Option(
         resolved=resolved,
         level=level,

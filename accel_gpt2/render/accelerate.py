@@ -5,8 +5,6 @@ from pathlib import PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
-import yaml
-
 from accel_gpt2.catalog.strategies import STRATEGIES, ShardingStrategy
 from accel_gpt2.render.deepspeed import deepspeed_json
 
@@ -89,4 +87,6 @@ def _cpu_yaml() -> str:
 
 
 def _yaml(title: str, values: Mapping[str, Any]) -> str:
+    import yaml
+
     return _HEADER.format(title=title) + yaml.safe_dump(dict(values), sort_keys=False)

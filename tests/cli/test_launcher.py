@@ -19,16 +19,17 @@ import pytest
 import yaml
 
 from accel_gpt2.catalog.profiles import PROFILES
+from accel_gpt2.catalog.strategies import STRATEGIES
 from accel_gpt2.classify.lock import read_owner, working_owner
 from accel_gpt2.cli import launcher
 from accel_gpt2.cli.launcher import (
     Launch,
-    accelerate_config,
-    launch_script,
     recorded_outcome,
     run_launch,
+    shipped_file,
     training_launch,
     use_expandable_segments,
+    use_nvidia_smi_order,
 )
 from accel_gpt2.errors import DoesNotFitError, ExitCode, StoppedEarly, UserError
 
@@ -372,6 +373,7 @@ def test_the_command_can_be_typed_as_printed(tmp_path: Path) -> None:
     """Quoting survives spaces; every value is in the command or in the files that it names."""
     launch = training_launch(
         tmp_path / "my run",
+        strategy=STRATEGIES["ddp"],
         num_cores=8,
         num_processes=2,
         options=["--quiet"],
@@ -384,80 +386,79 @@ def test_the_command_can_be_typed_as_printed(tmp_path: Path) -> None:
     assert echoed[1:3] == ["launch", "--quiet"]
     assert "--num_cpu_threads_per_process=4" in echoed
     assert f"--recipe={tmp_path}/my run/recipe.yaml" in echoed
-    assert echoed[-2:] == [f"--output-dir={tmp_path}/my run", "--quiet"]
+    assert echoed[-3:] == [f"--output-dir={tmp_path}/my run", "--strategy=ddp", "--quiet"]
 
 
 def test_the_persons_number_of_threads_is_kept(tmp_path: Path) -> None:
     """OMP_NUM_THREADS is honoured, not overwritten."""
     launch = training_launch(
-        tmp_path, num_cores=8, num_processes=1, environment={"OMP_NUM_THREADS": "3"}
+        tmp_path,
+        strategy=STRATEGIES["single"],
+        num_cores=8,
+        num_processes=1,
+        environment={"OMP_NUM_THREADS": "3"},
     )
     assert "--num_cpu_threads_per_process=3" in launch.argv
 
 
-def test_both_launch_scripts_are_found() -> None:
-    """The scripts of the checkout (or of the wheel) are where the function says."""
-    for name in ("train.py", "evaluate.py"):
-        assert launch_script(name).is_file()
+def test_what_is_handed_to_a_launcher_is_found() -> None:
+    """The files of the checkout (or of the wheel) are where the function says."""
+    names = ["launch/train.py", "launch/evaluate.py", "ds_configs/zero3.json"]
+    names += [f"accelerate_configs/{name}.yaml" for name in STRATEGIES]
+    for name in names:
+        assert shipped_file(name).is_file()
     with pytest.raises(UserError, match=r"launch/other\.py is neither beside nor inside"):
-        launch_script("other.py")
+        shipped_file("launch/other.py")
 
 
-@pytest.mark.parametrize(
-    ("profile", "distributed_type", "num_processes", "cpu"),
-    [
-        ("cpu", "NO", 1, True),
-        ("rtx4070ti", "NO", 1, False),
-        ("4x-rtx4090", "MULTI_GPU", 4, False),
-    ],
-)
-def test_accelerate_reads_the_config_and_no_stale_default(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    profile: str,
-    distributed_type: str,
-    num_processes: int,
-    cpu: bool,
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_accelerate_reads_our_file_and_no_stale_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Accelerate's own parser takes every value from our file, also where the person's default
-    config asks for DeepSpeed on eight GPUs."""
+    """Accelerate's own parser takes every value from our command and the file that it names, also
+    where the person's default config asks for something else altogether."""
     from accelerate.commands import launch as accelerate_launch
 
+    strategy = STRATEGIES[name]
+    others = {
+        "DEEPSPEED": {"deepspeed_config": {"zero_stage": 3, "gradient_clipping": 7.0}},
+        "FSDP": {"fsdp_config": {"fsdp_version": 1, "fsdp_offload_params": True}},
+    }
     stale = {
         "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "DEEPSPEED",
-        "deepspeed_config": {"zero_stage": 3},
+        "distributed_type": "FSDP" if strategy.zero_stage else "DEEPSPEED",
         "mixed_precision": "fp16",
         "num_processes": 8,
         "num_machines": 2,
+        "main_process_port": 29999,
         "gpu_ids": "5",
-        "use_cpu": False,
+        "use_cpu": True,
     }
+    stale |= others["FSDP" if strategy.zero_stage else "DEEPSPEED"]
     default = tmp_path / "default_config.yaml"
     default.write_text(yaml.safe_dump(stale), "utf-8")
     monkeypatch.setattr(accelerate_launch, "default_config_file", str(default))
-    config = accelerate_config(PROFILES[profile], "bf16")
-    (tmp_path / "accelerate.yaml").write_text(config, "utf-8")
 
-    launch = training_launch(tmp_path, num_cores=4, num_processes=num_processes, environment={})
+    launch = training_launch(
+        tmp_path, strategy=strategy, num_cores=4, num_processes=4, environment={}
+    )
     parser = accelerate_launch.launch_command_parser()
     parsed, _, _ = accelerate_launch._validate_launch_command(parser.parse_args(launch.argv[2:]))
 
-    assert yaml.safe_load(config)["distributed_type"] == distributed_type
-    assert parsed.multi_gpu == (distributed_type == "MULTI_GPU")
-    assert (parsed.num_processes, parsed.num_machines) == (num_processes, 1)
-    assert (parsed.mixed_precision, parsed.gpu_ids) == ("bf16", "all")
-    assert (bool(parsed.use_deepspeed), bool(parsed.use_fsdp)) == (False, False)
-    assert bool(parsed.cpu or parsed.use_cpu) == cpu
+    assert (parsed.num_processes, parsed.num_machines) == (4, 1)
+    assert parsed.main_process_port == (None if name == "single" else 0)
+    assert (parsed.mixed_precision, parsed.gpu_ids, parsed.use_cpu) == ("no", "all", False)
+    kinds = (bool(parsed.multi_gpu), bool(parsed.use_fsdp), bool(parsed.use_deepspeed))
+    assert kinds == tuple(strategy.backend == x for x in ("ddp", "fsdp2", "deepspeed"))
+    assert (parsed.zero_stage, parsed.gradient_clipping) == (None, None)
+    assert (parsed.fsdp_version, parsed.fsdp_offload_params) == (
+        (2, False) if name == "fsdp2" else ("1", "false")
+    )
+    if strategy.backend == "deepspeed":
+        config = json.loads(Path(parsed.deepspeed_config_file).read_text("utf-8"))
+        assert config["zero_optimization"]["stage"] == strategy.zero_stage
     assert parsed.training_script.endswith("launch/train.py")
-    assert parsed.training_script_args == list(launch.argv[-2:])
-
-
-def test_accelerate_has_no_autocast_for_bf16_weights() -> None:
-    """pure_bf16 is what our model is; Accelerate, which knows no such precision, gets `no`."""
-    for asked, told in (("pure_bf16", "no"), ("bf16", "bf16"), ("fp16", "fp16"), ("no", "no")):
-        config = yaml.safe_load(accelerate_config(PROFILES["rtx4070ti"], asked))
-        assert config["mixed_precision"] == told
+    assert parsed.training_script_args == list(launch.argv[-3:])
 
 
 @pytest.mark.parametrize(
@@ -477,6 +478,14 @@ def test_the_allocator_is_set_where_the_person_has_not(
     environment = dict(before)
     use_expandable_segments(PROFILES[profile], environment, platform)
     assert environment == before | added
+
+
+def test_gpus_are_numbered_as_they_were_detected() -> None:
+    """`nvidia-smi` lists them by bus; whatever the person has set stays."""
+    for before, after in (({}, "PCI_BUS_ID"), ({"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, None)):
+        environment = dict(before)
+        use_nvidia_smi_order(environment)
+        assert environment["CUDA_DEVICE_ORDER"] == (after or before["CUDA_DEVICE_ORDER"])
 
 
 def test_accelerate_itself_starts_the_trainer_and_stays_quiet(
@@ -501,13 +510,15 @@ def test_accelerate_itself_starts_the_trainer_and_stays_quiet(
         ),
         "utf-8",
     )
-    monkeypatch.setattr(launcher, "launch_script", lambda name: script)
+    monkeypatch.setattr(
+        launcher, "shipped_file", lambda name: script if "train" in name else shipped_file(name)
+    )
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    config = accelerate_config(PROFILES["cpu"], "no")
-    (run_directory / "accelerate.yaml").write_text(config, "utf-8")
 
-    code = run_launch(training_launch(run_directory, num_cores=3, num_processes=1))
+    code = run_launch(
+        training_launch(run_directory, strategy=STRATEGIES["single"], num_cores=3, num_processes=1)
+    )
 
     assert code == ExitCode.STOPPED
-    assert (run_directory / "seen").read_text("utf-8") == "True no 3"
+    assert (run_directory / "seen").read_text("utf-8") == "False no 3"
     assert "Traceback" not in capfd.readouterr().err

@@ -35,7 +35,6 @@ _BOOKKEEPING = (
     "spent.json",
     "command.txt",
     "environment.json",
-    "accelerate.yaml",
 )
 
 # A shape that trains in a second: one layer of 16 channels, 32 positions.
