@@ -27,7 +27,7 @@ class Backend(ABC):
         model: wrapped; its forward pass is the loss summed over this rank's targets.
         plain_model: what it wraps. Its parameters may be shards, or empty, between steps.
         optimizer: steps with the learning rates in its `param_groups`.
-        parameters: the trained ones, as the optimizer sees them.
+        parameters: the trained ones, what of them this rank's optimizer steps.
         scaler: fp16's loss scaler where the loop has to know of it, else None.
     """
 
@@ -73,6 +73,11 @@ class Backend(ABC):
     @abstractmethod
     def zero_grad(self) -> None:
         """Forget the gradients."""
+
+    def probing(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it a forward and backward pass of `plain_model` takes as much memory as one of
+        the training, and waits for no other rank, which may have run out of its own."""
+        return contextlib.nullcontext()
 
     @abstractmethod
     def scoring(self) -> contextlib.AbstractContextManager[Any]:

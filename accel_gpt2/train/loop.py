@@ -198,7 +198,7 @@ def train_steps(
     backend.model.train()
     if state.step < schedule.total_steps:
         fitting_micro_batch_tokens(
-            plain_model,
+            backend,
             job.documents,
             micro_batch_tokens=recipe.micro_batch_tokens,
             reserved_bytes=0 if resumed else optimizer_state_bytes(backend.parameters, recipe),

@@ -10,11 +10,12 @@ import torch
 from accel_gpt2.data.batching import Documents
 from accel_gpt2.errors import DoesNotFitError
 from accel_gpt2.failures import machine_failure
-from accel_gpt2.train.objective import TrainedModel, to_device
+from accel_gpt2.train.backend import Backend
+from accel_gpt2.train.objective import to_device
 
 
 def fitting_micro_batch_tokens(
-    model: TrainedModel,
+    backend: Backend,
     documents: Documents,
     *,
     micro_batch_tokens: int,
@@ -29,8 +30,8 @@ def fitting_micro_batch_tokens(
     Half a micro batch means twice the accumulation, so the global batch and the result stay.
 
     Args:
-        model: unwrapped; a wrapper would exchange gradients, and a rank that runs out of memory
-            would leave the others waiting for its own.
+        backend: lets each rank try for itself; one that ran out of memory within an exchange would
+            leave the others waiting in it.
         reserved_bytes: what the training will hold besides, such as an optimizer's state that its
             first step creates. Ignored on a CPU, where untouched memory costs nothing.
         on_halved: called on all ranks with each smaller number.
@@ -43,7 +44,7 @@ def fitting_micro_batch_tokens(
     while True:
         chosen = longest_first[: max(1, micro_batch_tokens // longest)]
         batch = [documents.document(int(i)) for i in chosen]
-        if _fits_on_all(model, batch, reserved_bytes, accelerator):
+        if _fits_on_all(backend, batch, reserved_bytes, accelerator):
             return micro_batch_tokens
         if len(batch) == 1:
             raise DoesNotFitError(
@@ -56,18 +57,16 @@ def fitting_micro_batch_tokens(
         on_halved(micro_batch_tokens)
 
 
-def _fits_on_all(
-    model: TrainedModel, batch: list[Any], reserved_bytes: int, accelerator: Any
-) -> bool:
+def _fits_on_all(backend: Backend, batch: list[Any], reserved_bytes: int, accelerator: Any) -> bool:
     device: torch.device = accelerator.device
-    failed = torch.tensor(not _fits(model, batch, reserved_bytes, accelerator), device=device)
+    failed = torch.tensor(not _fits(backend, batch, reserved_bytes, accelerator), device=device)
     if accelerator.num_processes > 1:
         failed = failed.to(torch.int32)
         torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
     return not bool(failed)
 
 
-def _fits(model: TrainedModel, batch: list[Any], reserved_bytes: int, accelerator: Any) -> bool:
+def _fits(backend: Backend, batch: list[Any], reserved_bytes: int, accelerator: Any) -> bool:
     from accelerate.utils.memory import clear_device_cache
 
     device: torch.device = accelerator.device
@@ -75,12 +74,12 @@ def _fits(model: TrainedModel, batch: list[Any], reserved_bytes: int, accelerato
     failed = False
     with torch.random.fork_rng(cuda_devices):
         try:
-            _forward_and_backward(model, batch, reserved_bytes, accelerator)
+            _forward_and_backward(backend, batch, reserved_bytes, accelerator)
         except (RuntimeError, MemoryError) as error:
             if not isinstance(machine_failure(error), DoesNotFitError):
                 raise
             failed = True
-    model.zero_grad(set_to_none=True)
+    backend.plain_model.zero_grad(set_to_none=True)
     if failed:
         # Here and not in the handler: the exception holds the frames, and they the tensors.
         gc.collect()
@@ -91,13 +90,13 @@ def _fits(model: TrainedModel, batch: list[Any], reserved_bytes: int, accelerato
 
 
 def _forward_and_backward(
-    model: TrainedModel, batch: list[Any], reserved_bytes: int, accelerator: Any
+    backend: Backend, batch: list[Any], reserved_bytes: int, accelerator: Any
 ) -> None:
     device: torch.device = accelerator.device
     reserved = torch.empty(reserved_bytes, dtype=torch.uint8, device=device)
-    with accelerator.autocast():
-        # Any class will do: what it costs is the same.
-        tensors = model.collate(batch, np.zeros(len(batch), dtype=np.int64), epoch=0)
-        loss = model(*to_device(tensors, device))
-    loss.backward()
+    model = backend.plain_model
+    # Any class will do: what it costs is the same.
+    arrays = model.collate(batch, np.zeros(len(batch), dtype=np.int64), epoch=0)
+    with backend.probing():
+        model(*to_device(arrays, device)).backward()
     del reserved  # held until here

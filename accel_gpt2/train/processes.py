@@ -2,7 +2,9 @@
 
 import atexit
 import contextlib
+import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,13 +53,30 @@ def build_accelerator(recipe: TrainRecipe, run_directory: Path | None = None) ->
     # One process may train in fp32 and then in bf16; Accelerate's shared state would refuse.
     if AcceleratorState._shared_state:
         AcceleratorState._reset_state()
+    group = InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
+    with_deepspeed = _is_set("ACCELERATE_USE_DEEPSPEED")
+    if with_deepspeed:
+        _quiet_deepspeed()
+        if _on_cpu():
+            group.backend = "gloo"
+            _use_no_compiled_collectives()
+    with_fsdp2 = _is_set("ACCELERATE_USE_FSDP") and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if with_fsdp2:
+        options["fsdp_plugin"] = _fsdp2_plugin(recipe)
+        _say_that_fsdp2_can_be(group)
     accelerator = Accelerator(
-        cpu=_on_cpu(),
+        # It would be DDP in their place.
+        cpu=_on_cpu() and not with_deepspeed and not with_fsdp2,
         mixed_precision=autocast_precision(recipe.mixed_precision),
         log_with=trackers or None,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
+        kwargs_handlers=[group],
         **options,
     )
+    if with_deepspeed:
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        # While it is set, transformers builds models in shards; ZeRO shards ours when it is whole.
+        unset_hf_deepspeed_config()
     # Some launcher settings start N processes that never meet, or one in place of N, and exit 0.
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != world_size:
@@ -69,6 +88,48 @@ def build_accelerator(recipe: TrainRecipe, run_directory: Path | None = None) ->
     if world_size > 1:
         atexit.register(_leave_process_group)
     return accelerator
+
+
+def _fsdp2_plugin(recipe: TrainRecipe) -> Any:
+    """What the launcher's configuration says, with gradients exchanged in fp32."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    computes_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.mixed_precision)
+    policy = MixedPrecisionPolicy()
+    if computes_in is not None:
+        # Accelerate's own choice is to round gradients before they are added up, and the loss too.
+        policy = MixedPrecisionPolicy(param_dtype=computes_in, reduce_dtype=torch.float32)
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
+
+
+def _say_that_fsdp2_can_be(group: Any) -> None:
+    """Have Accelerate shard on CPUs too, and in a process that has done so before.
+
+    It does where it believes in several GPUs, which on CPUs it does not; and having done so once,
+    it believes in FSDP, no longer in GPUs. What it believes is all that its public ways lack.
+    """
+    from accelerate.state import DistributedType, PartialState
+
+    PartialState(cpu=_on_cpu(), **group.to_kwargs())
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def _quiet_deepspeed() -> None:
+    """Its log goes to stderr, from errors up: stdout is for results."""
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+
+
+def _use_no_compiled_collectives() -> None:
+    """Between CPU processes DeepSpeed would compile its own, two minutes long; gloo's will do."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def start_trackers(accelerator: Any) -> None:
@@ -176,8 +237,11 @@ def check_precision(recipe: TrainRecipe) -> None:
 
 
 def _on_cpu() -> bool:
-    asked_for = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
-    return asked_for or not torch.cuda.is_available()
+    return _is_set("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in {"1", "true", "yes"}
 
 
 def check_trackers(recipe: TrainRecipe) -> None:

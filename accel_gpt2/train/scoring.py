@@ -45,20 +45,19 @@ def score_documents(
     try:
         for start in range(0, len(batches), accelerator.num_processes):
             one_round = batches[start : start + accelerator.num_processes]
-            if accelerator.process_index < len(one_round):
-                indices = one_round[accelerator.process_index]
-                batch = [documents.document(int(i)) for i in indices]
-                with accelerator.autocast():
-                    if token_scores is None or not isinstance(model, LanguageModel):
-                        found = model.score(batch, accelerator.device)
-                    else:
-                        found, per_token = model.score_tokens(batch, accelerator.device)
-                        pieces = np.split(
-                            per_token.cpu().numpy(), np.cumsum(lengths[indices] - 1)[:-1]
-                        )
-                        for i, piece in zip(indices, pieces, strict=True):
-                            token_scores[ends[i] - len(piece) : ends[i]] = piece
-                scores[indices] = found.cpu().numpy()
+            # Who has none scores another rank's in vain: sharded weights are gathered by all.
+            idle = accelerator.process_index >= len(one_round)
+            indices = one_round[0 if idle else accelerator.process_index]
+            batch = [documents.document(int(i)) for i in indices]
+            with accelerator.autocast():
+                if token_scores is None or not isinstance(model, LanguageModel):
+                    found = model.score(batch, accelerator.device)
+                else:
+                    found, per_token = model.score_tokens(batch, accelerator.device)
+                    pieces = np.split(per_token.cpu().numpy(), np.cumsum(lengths[indices] - 1)[:-1])
+                    for i, piece in zip(indices, pieces, strict=True):
+                        token_scores[ends[i] - len(piece) : ends[i]] = 0 if idle else piece
+            scores[indices] = 0 if idle else found.cpu().numpy()
             if on_batch is not None:
                 on_batch(sum(len(indices) for indices in one_round))
     finally:

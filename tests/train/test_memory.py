@@ -10,6 +10,7 @@ import torch
 
 from accel_gpt2.errors import DoesNotFitError
 from accel_gpt2.recipe import TrainRecipe
+from accel_gpt2.train.backend import build_backend
 from accel_gpt2.train.causal import LanguageModel
 from accel_gpt2.train.memory import fitting_micro_batch_tokens
 from accel_gpt2.train.model import build_model
@@ -50,12 +51,13 @@ def _limit_tokens(monkeypatch: pytest.MonkeyPatch, limit: int) -> list[int]:
 def _probe(documents: Documents, tokens: int, model: LanguageModel | None = None) -> list[int]:
     """The micro batch that fits, and what was tried on the way to it."""
     halved: list[int] = []
+    accelerator = build_accelerator(RECIPE)
     fitting = fitting_micro_batch_tokens(
-        model or _model(),
+        build_backend(accelerator, model or _model(), RECIPE),
         documents,
         micro_batch_tokens=tokens,
         reserved_bytes=1 << 20,
-        accelerator=build_accelerator(RECIPE),
+        accelerator=accelerator,
         on_halved=halved.append,
     )
     assert fitting == (halved[-1] if halved else tokens)
