@@ -41,7 +41,7 @@ class ClassStatus:
 
 
 class RunStatus:
-    """The classes' part of a run's status.json; one process writes it.
+    """The classes' part of a run's status.json, from the first `write` on; one process has it.
 
     What goes wrong with the file is no reason to stop a training.
     """
@@ -50,7 +50,6 @@ class RunStatus:
         self._path = run_directory / STATUS_FILE
         self.classes = list(classes)
         self._written = 0.0
-        self.write()
 
     def reached(self, index: int, step: int, *, process: int) -> None:
         """A class is being trained and is at this step."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from accel_gpt2.classify import fit as fit_module
+from accel_gpt2.classify import part_training
 from accel_gpt2.classify.fit import fit
 from accel_gpt2.cli.errors import outcome
 from accel_gpt2.errors import ExitCode
@@ -242,7 +242,7 @@ def test_a_log_that_cannot_be_written(
     resolved = resolve_tiny(texts_file)
     run = disk.path / "run"
     disk.resize(2**30)
-    real = fit_module.append_json_line
+    real = part_training.append_json_line
     steps: list[object] = []
 
     def append(path: Path, row: dict[str, object]) -> None:
@@ -257,7 +257,7 @@ def test_a_log_that_cannot_be_written(
         real(path, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module, "append_json_line", append)
+        patch.setattr(part_training, "append_json_line", append)
         with pytest.raises(Exception, match=r"No space left|Read-only file system") as failed:
             fit(resolved, run, quiet=True)
     _ends_with_a_sentence(failed.value)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from accel_gpt2.classify import fit as fit_module
+from accel_gpt2.classify import part_training
 from accel_gpt2.classify.fit import fit
 from accel_gpt2.classify.run import open_run
 from accel_gpt2.errors import StoppedEarly, UsageError, UserError
@@ -269,7 +269,7 @@ def test_a_class_is_gone_before_the_next_one_is_built(
     texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One model at a time on the device, also with autocast, which ties a model to itself."""
-    real = fit_module.build_model
+    real = part_training.build_model
     built: list[weakref.ref[LanguageModel]] = []
     alive: list[int] = []
 
@@ -279,7 +279,7 @@ def test_a_class_is_gone_before_the_next_one_is_built(
         built.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(fit_module, "build_model", build)
+    monkeypatch.setattr(part_training, "build_model", build)
     gc.disable()  # what is freed is freed by us
     try:
         resolved = resolve_tiny(texts_file, mixed_precision="bf16", max_steps=1)
