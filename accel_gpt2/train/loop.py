@@ -67,9 +67,9 @@ class ClassTraining:
     document, and `own_validation` the indices of those of the model's own class or classes;
     `joint_accuracy` gives the accuracy of the whole classifier from this class's step and
     validation scores, or None while other classes have none. `spent_seconds` went into earlier
-    starts of the run and `later_steps` are still to come in other classes. `on_recipe` is told, on
-    all ranks, when the recipe's micro batch was too large for this machine; `on_saved`, on the
-    first rank, whenever a checkpoint is in place.
+    starts of the run; `later_steps` gives how many steps are still to come in other classes when
+    this one is at a step. `on_recipe` is told, on all ranks, when the recipe's micro batch was too
+    large for this machine; `on_saved`, on the first rank, whenever a checkpoint is in place.
     """
 
     identity: Identity
@@ -83,7 +83,7 @@ class ClassTraining:
     joint_accuracy: Callable[[int, NDArray[np.float64]], float | None]
     num_parts: int
     spent_seconds: float
-    later_steps: int
+    later_steps: Callable[[int], int]
     on_recipe: Callable[[TrainRecipe], None]
     on_saved: Callable[[], None]
 
@@ -432,7 +432,7 @@ def train_steps(
                     "peak_memory_bytes": state.peak_memory_bytes,
                 }
             )
-            steps_left = schedule.total_steps - state.step + job.later_steps
+            steps_left = schedule.total_steps - state.step + job.later_steps(state.step)
             price = recipe.price_usd_per_hour
             run_hours = (job.spent_seconds + stop.seconds) / 3600
             facts = describe_step(
@@ -451,7 +451,9 @@ def train_steps(
         if every is not None and state.step % every == 0 and not evaluation_due():
             save()
         stop.reserve(step_seconds + save_seconds)
-    if accelerator.is_main_process:
+    # Beside others, neither its speed nor what the device holds is its own.
+    alone = recipe.placement not in {"concurrent", "shared-base"}
+    if accelerator.is_main_process and alone:
         here = TrainedHere(gpu=gpu, device=device, num_processes=world_size)
         record_training(plain_model, recipe, lengths, timer, here)
     return state
