@@ -5,15 +5,13 @@ forked; the process that tests never computes, so nothing of its threads is fork
 """
 
 import contextlib
-import faulthandler
 import os
 import pickle
+import runpy
 import signal
 import socket
-import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from functools import cache
 from multiprocessing import connection, get_context
@@ -21,6 +19,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, TypeVar
+
+from accel_gpt2.render.accelerate import ACCELERATE_DIRECTORY, config_files
 
 T = TypeVar("T")
 
@@ -30,8 +30,6 @@ TIMEOUT_SECONDS = 90.0
 # When one rank has failed, the others wait for it in a collective, in vain.
 _SURVIVOR_SECONDS = 5.0
 
-# A rank that gets it writes its stack.
-_SAY_WHERE = signal.SIGUSR2
 
 # What a training imports on its way.
 _PRELOADED = [
@@ -40,24 +38,9 @@ _PRELOADED = [
     "transformers.models.gpt2.modeling_gpt2",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
+    "deepspeed",
     "accel_gpt2.classify.fit",
 ]
-
-# What `accelerate launch` would set beside the ranks' own variables.
-_ENVIRONMENTS: Mapping[str, Mapping[str, str]] = {
-    "single": {"ACCELERATE_USE_CPU": "true"},
-    "ddp": {"ACCELERATE_USE_CPU": "true"},
-    "fsdp2": {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_RESHARD_AFTER_FORWARD": "true",
-        "FSDP_OFFLOAD_PARAMS": "false",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-        "FSDP_ACTIVATION_CHECKPOINTING": "false",
-        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-    },
-}
 
 
 class RankFailedError(AssertionError):
@@ -82,13 +65,14 @@ def run(
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         environment = {
-            **_ENVIRONMENTS[strategy],
+            **_launched_environment(strategy, num_processes, Path(folder)),
+            "CUDA_VISIBLE_DEVICES": "",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "ACCEL_GPT2_CACHE": os.environ.get("ACCEL_GPT2_CACHE", f"{folder}/cache"),
         }
-        if num_processes > 1:
+        if strategy != "single":
             environment |= {
                 "WORLD_SIZE": str(num_processes),
                 "LOCAL_WORLD_SIZE": str(num_processes),
@@ -127,8 +111,12 @@ class _Rank:
             own |= {"RANK": str(number), "LOCAL_RANK": str(number)}
         # multiprocessing's own pickler would hand tensors over in shared memory.
         work = pickle.dumps((function, args))
+        rank = (theirs, own, str(self.output), work, timeout_seconds)
+        # By its path: what is installed may have a package `tests` that is not ours.
         self.process = _forkserver().Process(
-            target=_work, args=(theirs, own, str(self.output), work, timeout_seconds), daemon=True
+            target=runpy.run_path,
+            args=(str(Path(__file__).with_name("rank.py")), {"ARGUMENTS": rank}, "rank"),
+            daemon=True,
         )
         self.process.start()
         theirs.close()
@@ -161,7 +149,7 @@ def _results(ranks: list[_Rank], timeout_seconds: float) -> list[Any]:
             failures.append(f"ranks {late} were not done in time")
             for rank in waiting.values():
                 if rank.process.pid is not None:
-                    os.kill(rank.process.pid, _SAY_WHERE)
+                    os.kill(rank.process.pid, signal.SIGUSR2)  # it writes its stack
             time.sleep(0.2)
             break
         for pipe in ready:
@@ -183,39 +171,29 @@ def _results(ranks: list[_Rank], timeout_seconds: float) -> list[Any]:
     return [results[rank.number] for rank in ranks]
 
 
+def _launched_environment(strategy: str, num_processes: int, folder: Path) -> dict[str, str]:
+    """What `accelerate launch` sets for our file of a strategy, beside the ranks' own variables."""
+    if strategy == "single":
+        return {}
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    for path, text in config_files(str(folder)).items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text(text)
+    file = folder / ACCELERATE_DIRECTORY / f"{strategy}.yaml"
+    words = ["--config_file", str(file), "--num_processes", str(num_processes), "train.py"]
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        _, environment = prepare_deepspeed_cmd_env(args)
+    else:
+        environment = prepare_multi_gpu_env(args)
+    return {key: value for key, value in environment.items() if os.environ.get(key) != value}
+
+
 @cache
 def _forkserver() -> ForkServerContext:
     context = get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     return context
-
-
-def _work(
-    pipe: Connection, environment: dict[str, str], output: str, work: bytes, timeout: float
-) -> None:
-    """A rank's whole life; it never returns, because gloo's destructor sometimes does not."""
-    try:
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        faulthandler.register(_SAY_WHERE, file)
-        if sys.platform == "linux":
-            import ctypes
-
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        signal.alarm(int(timeout) + 60)  # whatever becomes of the test
-        os.environ.update(environment)
-        import torch
-
-        torch.set_num_threads(1)
-        function, args = pickle.loads(work)
-        message = (True, function(*args))
-    except BaseException:
-        message = (False, traceback.format_exc())
-    try:
-        pipe.send_bytes(pickle.dumps(message))
-        pipe.poll(timeout)  # until all are done: who leaves first would break the others' sends
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
