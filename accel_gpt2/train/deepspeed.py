@@ -41,6 +41,7 @@ class DeepSpeedBackend(Backend):
         self._rank: int = accelerator.process_index
         self._num_ranks: int = accelerator.num_processes
         self._zero3 = strategy.zero_stage == 3
+        self._shards_gradients = strategy.shards_gradients
         # A parameter is known by its tensor, until ZeRO gives it another one.
         weights = model.trainable_state()
         trained = {p.data_ptr(): p for p in model.parameters() if p.requires_grad}
@@ -93,22 +94,73 @@ class DeepSpeedBackend(Backend):
         self.optimizer.zero_grad()
 
     @contextlib.contextmanager
+    def probing(self) -> Iterator[None]:
+        """Gradients are let go of where ZeRO would share them out, and not exchanged."""
+        zero = self.optimizer
+        for hook in zero._grad_acc_hooks:
+            hook.remove()
+        zero._grad_acc_hooks.clear()
+        forgetting = [
+            parameter.register_post_accumulate_grad_hook(_forget_gradient)
+            for parameter in self._in_order
+            if self._shards_gradients
+        ]
+        try:
+            with self._standing_in() if self._zero3 else contextlib.nullcontext():
+                yield
+        finally:
+            for hook in forgetting:
+                hook.remove()
+            if self._zero3:
+                zero.create_reduce_and_remove_grad_hooks()
+            else:
+                zero.create_gradient_handling_hooks()
+
+    @contextlib.contextmanager
+    def _standing_in(self) -> Iterator[None]:
+        """For each sharded weight stands a zero, repeated without memory: it takes its own where it
+        is used, as a gathered weight does."""
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        weights: list[Any] = list(self.plain_model.parameters())
+        with self._without_gathering():
+            for parameter in weights:
+                parameter.data = parameter.data.new_zeros(()).expand(parameter.ds_shape)
+                parameter.ds_status = ZeroParamStatus.AVAILABLE
+            try:
+                yield
+            finally:
+                self.model._forward_epilogue()  # of a pass that ran out of memory
+                for parameter in weights:
+                    parameter.data = parameter.data.new_empty(0)
+                    parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+    @contextlib.contextmanager
     def scoring(self) -> Iterator[None]:
-        """All weights are whole on every rank, and may be used by one rank without the others."""
+        """All weights are whole on every rank, so that none waits for another's passes."""
         if not self._zero3:
             yield
             return
         import deepspeed
 
+        with (
+            self._without_gathering(),
+            deepspeed.zero.GatheredParameters(list(self.plain_model.parameters())),
+        ):
+            yield
+
+    @contextlib.contextmanager
+    def _without_gathering(self) -> Iterator[None]:
+        """ZeRO-3 neither gathers weights for the modules that use them nor lets go of any."""
         offload = self.optimizer.parameter_offload
         offload.partition_all_parameters()
-        # They would let go of each weight after its first use.
         offload._remove_module_hooks()
-        with deepspeed.zero.GatheredParameters(list(self.plain_model.parameters())):
+        try:
             yield
-        offload.forward_hooks, offload.backward_hooks = [], []
-        offload.setup_zero_stage3_hooks()
-        self._forget_the_root()
+        finally:
+            offload.forward_hooks, offload.backward_hooks = [], []
+            offload.setup_zero_stage3_hooks()
+            self._forget_the_root()
 
     def gathered_weights(self) -> dict[str, Tensor]:
         return self._gathered(self._by_name.items())
@@ -199,3 +251,7 @@ class DeepSpeedBackend(Backend):
             from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
             FWD_MODULE_STACK.pop()
+
+
+def _forget_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
