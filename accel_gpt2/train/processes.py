@@ -17,6 +17,7 @@ from accel_gpt2.errors import UsageError, UserError
 from accel_gpt2.failures import ending
 from accel_gpt2.recipe import TrainRecipe, autocast_precision
 from accel_gpt2.train.peers import COLLECTIVE_TIMEOUT, PeerFailedError
+from accel_gpt2.train.startup import check_started
 
 T = TypeVar("T")
 
@@ -35,8 +36,8 @@ def build_accelerator(recipe: TrainRecipe, run_directory: Path | None = None) ->
         run_directory: where trackers write; None for scoring, which has no trackers.
 
     Raises:
-        UserError: when the launcher started another number of processes than Accelerate sees, the
-            precision needs a GPU.
+        UserError: when what runs is not what the launcher was asked for, or the precision needs a
+            GPU.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -77,15 +78,8 @@ def build_accelerator(recipe: TrainRecipe, run_directory: Path | None = None) ->
 
         # While it is set, transformers builds models in shards; ZeRO shards ours when it is whole.
         unset_hf_deepspeed_config()
-    # Some launcher settings start N processes that never meet, or one in place of N, and exit 0.
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != world_size:
-        raise UserError(
-            f"The launcher started {world_size} processes and Accelerate sees "
-            f"{accelerator.num_processes}: they would train apart from one another. Without a GPU "
-            "start several processes with `torchrun --nproc_per_node N launch/train.py ...`."
-        )
-    if world_size > 1:
+    check_started(accelerator, os.environ)
+    if accelerator.num_processes > 1:
         atexit.register(_leave_process_group)
     return accelerator
 

@@ -25,10 +25,18 @@ def launched_strategy(environ: Mapping[str, str]) -> ShardingStrategy:
         if _is_set(environ, variable):
             raise UserError(f"The launcher asks for {what}, which is not supported: {_USE_OURS}.")
     if _is_set(environ, "ACCELERATE_USE_DEEPSPEED"):
-        return _deepspeed_strategy(environ)
-    if _is_set(environ, "ACCELERATE_USE_FSDP"):
-        return _fsdp2_strategy(environ)
-    return STRATEGIES["ddp" if _world_size(environ) > 1 else "single"]
+        row = _deepspeed_strategy(environ)
+    elif _is_set(environ, "ACCELERATE_USE_FSDP"):
+        row = _fsdp2_strategy(environ)
+    else:
+        row = STRATEGIES["ddp" if _world_size(environ) > 1 else "single"]
+    if _world_size(environ) < row.smallest_world_size:
+        raise UserError(
+            f"The launcher asks for {row.name} and started one process, which has nobody to share "
+            "with: give `accelerate launch --num_processes 2` or more, or `--config_file "
+            "accelerate_configs/single.yaml`."
+        )
+    return row
 
 
 _USE_OURS = "launch with one of our files, such as `--config_file accelerate_configs/fsdp2.yaml`"
