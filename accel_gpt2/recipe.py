@@ -559,7 +559,7 @@ def _recipe_loader() -> "type[yaml.SafeLoader]":
 # What plain text could be taken for and no recipe key wants: dates, and `<<`.
 _NO_RECIPE_TAGS = tuple(f"tag:yaml.org,2002:{name}" for name in ("timestamp", "merge"))
 
-_OTHER_VARIABLES = ("CACHE", "DATA", "MODELS", "WAITED_FOR_BY")
+_OTHER_VARIABLES = ("BILLED_SINCE", "CACHE", "DATA", "MODELS", "WAITED_FOR_BY")
 
 # The prefix alone makes names alike: this is one letter in ten.
 _SLIP = 0.9

@@ -11,10 +11,9 @@ from accel_gpt2.classify.prepare import PreparedData, prepare_data
 from accel_gpt2.classify.run import (
     CALIBRATION,
     holds_work,
-    read_spent_seconds,
-    write_spent_seconds,
 )
 from accel_gpt2.classify.shared_base import train_on_shared_base
+from accel_gpt2.classify.spending import read_spent_seconds, write_spent_seconds
 from accel_gpt2.classify.standing import (
     Standing,
     start_directory,
@@ -66,7 +65,7 @@ def fit(
     leads = is_first_process()
     talks = leads and not silent
     goes_on = resume != "never"
-    spent_seconds = read_spent_seconds(run_directory) if goes_on else 0.0
+    spent_seconds = read_spent_seconds(run_directory if goes_on else None, recipe)
     limits = limits_of(recipe, spent_seconds)
     with (
         watching_peers(),
@@ -102,15 +101,17 @@ def fit(
         except BaseException:
             # The person is told what ended the run, not what else a full disk has no room for.
             with contextlib.suppress(UserError, OSError):
-                _close(accelerator, run_directory, spent_seconds + stop.seconds)
+                _close(accelerator, run_directory, recipe, spent_seconds + stop.seconds)
             raise
-        _close(accelerator, run_directory, spent_seconds + stop.seconds)
+        _close(accelerator, run_directory, recipe, spent_seconds + stop.seconds)
 
 
-def _close(accelerator: Any, run_directory: Path, spent_seconds: float) -> None:
+def _close(
+    accelerator: Any, run_directory: Path, recipe: TrainRecipe, spent_seconds: float
+) -> None:
     with contextlib.ExitStack() as closing:  # each of them, also when one fails
         if accelerator.is_main_process:
-            closing.callback(write_spent_seconds, run_directory, spent_seconds)
+            closing.callback(write_spent_seconds, run_directory, spent_seconds, recipe)
         for tracker in accelerator.trackers:
             closing.callback(tracker.finish)
 
@@ -131,7 +132,11 @@ def _fit_parts(
     for warning in (text for standing in standings for text in standing.warnings):
         progress.say(f"Warning: {warning}")
     records = DirectoryRecords(
-        run_directory, parts, standings, steps, spent_seconds=lambda: spent_seconds + stop.seconds
+        run_directory,
+        parts,
+        standings,
+        steps,
+        spent=lambda: write_spent_seconds(run_directory, spent_seconds + stop.seconds, recipe),
     )
     training = RunTraining(
         recipe,

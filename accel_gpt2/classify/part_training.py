@@ -7,6 +7,7 @@ Whoever trains the parts goes through this: one after another (`fit`), each in a
 import dataclasses
 import gc
 import os
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,8 @@ from accel_gpt2.classify.run import (
     read_training_record,
     score_log_prior,
     write_recipe,
-    write_spent_seconds,
 )
+from accel_gpt2.classify.spending import SECONDS_BETWEEN_WRITES
 from accel_gpt2.classify.standing import Standing, part_identity
 from accel_gpt2.classify.status import ClassStatus, RunStatus
 from accel_gpt2.classify.validation import joint_accuracy
@@ -60,7 +61,8 @@ class RunRecords(Protocol):
 class DirectoryRecords:
     """`RunRecords` in the files of the run directory, by the process that holds it.
 
-    As a context manager it notes how the parts ended that were being trained.
+    As a context manager it notes how the parts ended that were being trained. `spent` writes down
+    what the run has cost: with every checkpoint, and once a minute.
     """
 
     def __init__(
@@ -70,10 +72,11 @@ class DirectoryRecords:
         standings: Sequence[Standing],
         steps: Sequence[int],
         *,
-        spent_seconds: Callable[[], float],
+        spent: Callable[[], None],
     ) -> None:
         self._run_directory = run_directory
-        self._spent_seconds = spent_seconds
+        self._spent = spent
+        self._spent_noted = time.monotonic()
         self._recipe: TrainRecipe | None = None
         rows = [
             _status(part, standing, total_steps)
@@ -95,6 +98,8 @@ class DirectoryRecords:
     def log(self, row: dict[str, Any]) -> None:
         append_json_line(self._run_directory / LOG, row)
         self.note(row, process=os.getpid())
+        if time.monotonic() - self._spent_noted >= SECONDS_BETWEEN_WRITES:
+            self._note_spent()
 
     def note(self, row: dict[str, Any], *, process: int) -> None:
         """Bring status.json up to a row of log.jsonl."""
@@ -111,9 +116,13 @@ class DirectoryRecords:
         write_card(self._run_directory, recipe, plan, metrics=None)
 
     def saved(self, part: Part) -> None:
-        write_spent_seconds(self._run_directory, self._spent_seconds())
+        self._note_spent()
         if (best := _best_loss_bits(part)) is not None:
             self.status.best(part.index, best)
+
+    def _note_spent(self) -> None:
+        self._spent()
+        self._spent_noted = time.monotonic()
 
 
 def _status(part: Part, standing: Standing, total_steps: int) -> ClassStatus:

@@ -1,6 +1,5 @@
 """A run directory: its names, and what is read back from it."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from pydantic import TypeAdapter
 
 from accel_gpt2.classify.bayes import FloatArray, log_priors
 from accel_gpt2.classify.parts import Part, parts_of
-from accel_gpt2.durable import write_json, write_text
+from accel_gpt2.durable import write_text
 from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import Count, Layer, TrainRecipe, read_layer, resolve, to_yaml
 from accel_gpt2.train.checkpoint import read_identity
@@ -21,7 +20,6 @@ from accel_gpt2.train.manifest import MANIFEST, read_json
 CALIBRATION = "calibration.json"  # in the run directory, written when all classes are trained
 TRAINING_RECORD = "training.json"  # in `final/`: the best step, tokens, seconds, identity
 LOG = "log.jsonl"
-SPENT = "spent.json"  # the seconds of all starts, for the budget
 PREPARE_LOCK = "prepare.lock"  # in the cache: who reads and tokenises, the others wait
 
 
@@ -206,26 +204,3 @@ def read_training_record(final: Path) -> TrainingRecord:
         UserError: when the record is damaged.
     """
     return read_json(_RECORD_READER, final / TRAINING_RECORD)
-
-
-def read_spent_seconds(run_directory: Path) -> float:
-    """How long earlier starts of a run took; 0 for none.
-
-    Raises:
-        UserError: when the record is damaged: without it a budget would be spent twice.
-    """
-    path = run_directory / SPENT
-    try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
-    except FileNotFoundError:
-        return 0.0
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); write the seconds that the "
-            'run took so far into it, as {"seconds": 3600}, or remove it to count from 0.'
-        ) from None
-
-
-def write_spent_seconds(run_directory: Path, seconds: float) -> None:
-    """Keep how long all starts of a run took so far."""
-    write_json(run_directory / SPENT, {"seconds": round(seconds, 1)})

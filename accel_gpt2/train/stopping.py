@@ -23,6 +23,9 @@ _SIGNALS = tuple(
 # press it again.
 _SECOND_INTERRUPT_SECONDS = 1.0
 
+# The rest of a budget pays for the last save, for a copy of it, and for billing's rounding up.
+_BUDGET_SHARE = 0.95
+
 _BY_SIGNAL = 1000  # above the number of any limit, so that a signal wins when ranks compare
 
 
@@ -38,11 +41,11 @@ def limits_of(recipe: TrainRecipe, spent_seconds: float) -> list[Limit]:
     """The recipe's time limit, which is for one start, and its budget, which is for all of them.
 
     Args:
-        spent_seconds: what earlier starts of the run took.
+        spent_seconds: what the run has cost before this start, as time at the recipe's price.
 
     >>> recipe = TrainRecipe(budget_usd=3.0, price_usd_per_hour=2.0)
-    >>> [(limit.seconds, limit.reached) for limit in limits_of(recipe, 1800)]
-    [(3600.0, 'The budget of $3.00 is reached')]
+    >>> [(round(limit.seconds), limit.reached) for limit in limits_of(recipe, 1800)]
+    [(3330, '95% of the budget of $3.00 is reached')]
     """
     limits = []
     if recipe.max_time_seconds is not None:
@@ -54,11 +57,11 @@ def limits_of(recipe: TrainRecipe, spent_seconds: float) -> list[Limit]:
             )
         )
     if recipe.budget_usd is not None and recipe.price_usd_per_hour:
-        hours = recipe.budget_usd / recipe.price_usd_per_hour
+        hours = _BUDGET_SHARE * (recipe.budget_usd / recipe.price_usd_per_hour)
         limits.append(
             Limit(
                 seconds=hours * 3600 - spent_seconds,
-                reached=f"The budget of ${recipe.budget_usd:.2f} is reached",
+                reached=f"{_BUDGET_SHARE:.0%} of the budget of ${recipe.budget_usd:.2f} is reached",
             )
         )
     return limits

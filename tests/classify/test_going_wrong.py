@@ -11,7 +11,7 @@ import yaml
 
 from accel_gpt2.classify.fit import fit
 from accel_gpt2.classify.prepare import prepare_data
-from accel_gpt2.classify.run import read_spent_seconds
+from accel_gpt2.classify.spending import read_ledger
 from accel_gpt2.errors import DoesNotFitError, ExitCode, StoppedEarly, UserError
 from accel_gpt2.train.causal import LanguageModel
 from accel_gpt2.train.checkpoint import list_checkpoints
@@ -167,7 +167,7 @@ def test_a_budget_is_for_all_starts(texts_file: Path, tmp_path: Path) -> None:
     """It saves and ends with 4; what earlier starts cost counts, and more money goes on."""
     run = tmp_path / "run"
 
-    def start(**limits: float) -> int:
+    def start(run: Path = run, **limits: float) -> int:
         resolved = resolve_tiny(
             texts_file,
             epochs=50.0,
@@ -179,12 +179,13 @@ def test_a_budget_is_for_all_starts(texts_file: Path, tmp_path: Path) -> None:
         assert stopped.value.exit_code == ExitCode.LIMIT_REACHED
         return len([row for row in read_log(run) if row["event"] == "step"])
 
-    first = start(budget_usd=3.0)
+    start(tmp_path / "before", max_time_seconds=0.001)  # imports take seconds the first time
+    first = start(budget_usd=4.0)
     assert first > 0
-    spent = read_spent_seconds(run)
-    assert 1 < spent < 10
-    assert start(budget_usd=3.0) == first  # spent already
-    assert spent < read_spent_seconds(run)
+    (spent,) = read_ledger(run)
+    assert 1 < spent.seconds < 10
+    assert start(budget_usd=4.0) == first  # spent already
+    assert spent.seconds < read_ledger(run)[0].seconds
     assert start(budget_usd=1000.0, max_time_seconds=2.0) > first
 
 

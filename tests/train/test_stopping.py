@@ -103,8 +103,8 @@ def test_a_signal_is_named_before_a_limit() -> None:
 
 
 def test_the_budget_is_for_all_starts_and_the_time_limit_for_one() -> None:
-    """What earlier starts cost is spent; their time does not shorten --max-time."""
+    """A budget counts to 95%, and earlier starts with it; they do not shorten --max-time."""
     recipe = TrainRecipe(max_time_seconds=60.0, budget_usd=1.0, price_usd_per_hour=0.5)
-    assert [limit.seconds for limit in limits_of(recipe, 0)] == [60, 7200]
-    assert [limit.seconds for limit in limits_of(recipe, 7000)] == [60, 200]
+    assert [limit.seconds for limit in limits_of(recipe, 0)] == [60, 6840]
+    assert [limit.seconds for limit in limits_of(recipe, 6800)] == [60, 40]
     assert limits_of(TrainRecipe(price_usd_per_hour=0.5), 7000) == []
