@@ -1,0 +1,1 @@
+"""Rented machines: what they cost today, and the engines that start them."""
