@@ -33,10 +33,9 @@ def _zero_optimization(strategy: ShardingStrategy) -> dict[str, Any]:
         "overlap_comm": True,  # one bucket is filled while the other is exchanged
         "contiguous_gradients": True,
         "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
     }
-    if strategy.zero_stage < 3:
-        zero["allgather_bucket_size"] = bucket
-    else:
+    if strategy.zero_stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": bucket,
             # With the defaults of 1e9, models under a billion parameters are never let go of:

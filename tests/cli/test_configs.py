@@ -1,0 +1,58 @@
+"""`configs`: the committed launch files are the catalog's rows, and can be had where none are."""
+
+from pathlib import Path
+
+import pytest
+
+from accel_gpt2.render.accelerate import config_files
+from tests.cli.conftest import CommandLine
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_committed_files_are_what_the_rows_say(accel_gpt2: CommandLine) -> None:
+    """`configs check` finds nothing in the repository."""
+    ended = accel_gpt2("configs", "check", "--directory", str(ROOT))
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_writing_makes_checking_content(accel_gpt2: CommandLine, tmp_path: Path) -> None:
+    """All files are written and named; a second time changes nothing."""
+    for _ in range(2):
+        ended = accel_gpt2("configs", "write", "--directory", str(tmp_path))
+        assert ended.stdout.splitlines() == [str(tmp_path / name) for name in config_files()]
+        assert "14 files written." in ended.stderr
+        assert accel_gpt2("configs", "check", "--directory", str(tmp_path)).returncode == 0
+
+
+def test_what_is_missing_changed_or_too_many_is_said(
+    accel_gpt2: CommandLine, tmp_path: Path
+) -> None:
+    """One sentence each, both ways, and exit code 1."""
+    accel_gpt2("configs", "write", "--directory", str(tmp_path))
+    (tmp_path / "ds_configs" / "zero1.json").unlink()
+    with (tmp_path / "accelerate_configs" / "ddp.yaml").open("a") as file:
+        file.write("mixed_precision: fp16\n")
+    (tmp_path / "accelerate_configs" / "old").mkdir()
+    (tmp_path / "accelerate_configs" / "old" / "two_gpus.yaml").touch()
+    ended = accel_gpt2("configs", "check", "--directory", str(tmp_path))
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines() == [
+        f"{tmp_path}/accelerate_configs/ddp.yaml is not what the catalog's row says.",
+        f"{tmp_path}/ds_configs/zero1.json is missing.",
+        f"{tmp_path}/accelerate_configs/old/two_gpus.yaml belongs to no strategy.",
+        "Write them again by `accel-gpt2 configs write`.",
+    ]
+
+
+def test_copies_can_be_launched_with_from_where_they_were_asked_for(
+    accel_gpt2: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The YAML files name the JSON files by the path that was typed."""
+    monkeypatch.chdir(tmp_path)
+    assert accel_gpt2("configs", "copy", "mine/launch").returncode == 0
+    text = (tmp_path / "mine/launch/accelerate_configs/zero2.yaml").read_text("utf-8")
+    assert "deepspeed_config_file: mine/launch/ds_configs/zero2.json\n" in text
+    assert (tmp_path / "mine/launch/ds_configs/zero2.json").is_file()
+    accel_gpt2("configs", "copy", ".")
+    assert accel_gpt2("configs", "check").returncode == 0
