@@ -162,21 +162,6 @@ def spreads(
             yield row, "sequential"
 
 
-def library_refusal(recipe: TrainRecipe, strategy: ShardingStrategy) -> str | None:
-    """Why a library cannot run a recipe under a strategy; None where it can.
-
-    >>> library_refusal(TrainRecipe(optimizer="adamw_8bit"), STRATEGIES["zero2_offload"])
-    'DeepSpeed puts an fp32 AdamW of its own in the place of an offloaded optimizer'
-    """
-    if recipe.optimizer == "adamw_8bit" and strategy.offloads_optimizer:
-        return "DeepSpeed puts an fp32 AdamW of its own in the place of an offloaded optimizer"
-    if recipe.optimizer == "adamw_8bit" and strategy.backend == "fsdp2":
-        return "bitsandbytes' 8-bit states do not take FSDP2's DTensors"
-    if recipe.mixed_precision == "pure_bf16" and strategy.backend == "deepspeed":
-        return "DeepSpeed keeps fp32 weights of its own beside bf16 ones"
-    return None
-
-
 def cuts(
     resolved: ResolvedRecipe,
     layers: Sequence[Layer],

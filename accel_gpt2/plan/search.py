@@ -21,7 +21,6 @@ from accel_gpt2.plan.candidates import (
     cuts,
     describe_recipe,
     levels,
-    library_refusal,
     pinned,
     plan_origin,
     spreads,
@@ -36,6 +35,7 @@ from accel_gpt2.plan.placement import (
     placed_device,
     time_share,
 )
+from accel_gpt2.plan.support import refusal
 from accel_gpt2.plan.throughput import SecondsRange, TimePlan, plan_time
 from accel_gpt2.recipe import Layer, ResolvedRecipe, TrainRecipe, resolve
 from accel_gpt2.units import format_bytes, format_seconds
@@ -390,9 +390,10 @@ def _candidates(
             skipped = situation.scope == "trained" or (fitted and situation.depth == "trained")
             if placement not in situation.placements or (skipped and not runs):
                 continue
-            reason = library_refusal(level.resolved.recipe, strategy)
-            if reason is not None:
-                refuse(f"{level.label}, {strategy.name}", reason, trained=runs)
+            refused_for = refusal(level.resolved.recipe, strategy, placement)
+            if refused_for is not None:
+                spread = strategy.name if placement == "sequential" else placement
+                refuse(f"{level.label}, {spread}", refused_for.reason, trained=runs)
                 continue
             for resolved in cut:
                 key = strategy.name, resolved.recipe

@@ -116,8 +116,8 @@ def check_supported(
         )
 
 
-# What a recipe can ask for beside the default of full fine-tuning with AdamW in fp32, and whether
-# a CPU can show that it works. The columns of the table, and what its test trains.
+# What a recipe can ask for beside the default of full fine-tuning with AdamW in fp32: the rows of
+# the table, and what its test trains.
 VARIANTS: Mapping[str, Mapping[str, object]] = MappingProxyType(
     {
         "fp32": {},
@@ -126,7 +126,11 @@ VARIANTS: Mapping[str, Mapping[str, object]] = MappingProxyType(
         "pure bf16": {"mixed_precision": "pure_bf16"},
         "checkpointing": {"gradient_checkpointing": True},
         "some blocks checkpointed": {"gradient_checkpointing": True, "checkpointed_layers": 1},
-        "released gradients": {"release_gradients": True, "max_grad_norm": 0.0},
+        "released gradients": {
+            "release_gradients": True,
+            "max_grad_norm": 0.0,
+            "micro_batch_tokens": 8192,  # the global batch
+        },
         "8-bit AdamW": {"optimizer": "adamw_8bit"},
         "paged AdamW": {"optimizer": "adamw_paged"},
         "paged 8-bit AdamW": {"optimizer": "adamw_8bit_paged"},
