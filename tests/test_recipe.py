@@ -88,7 +88,7 @@ def test_the_last_named_model_brings_its_row() -> None:
             {"mixed_precision": "bf8"},
             r"mixed_precision = 'bf8' .*'no', 'fp16', 'bf16' or 'pure_bf16'",
         ),
-        ({"optimizer": None}, r"optimizer = None .*'adamw', 'adamw_8bit' or 'adafactor'"),
+        ({"optimizer": None}, r"optimizer = None .*'adamw', .*'adamw_8bit_paged' or 'adafactor'"),
         ({"class_names": "a"}, r"class_names = 'a' .*"),
         ({"max_steps": 0}, r"max_steps = 0 .*greater than or equal to 1"),
     ],
@@ -162,6 +162,38 @@ def test_no_batch_key_is_an_error() -> None:
             "'kahan' with mixed_precision = 'bf16': only bf16 weights are rounded",
         ),
         ({"finetuning": "qlora", "init": "scratch"}, "'qlora' .* an adapter on random weights"),
+        (
+            {"use_dora": True},
+            r"use_dora = True with finetuning = 'full': .* give --finetuning lora or qlora",
+        ),
+        (
+            {"quantization": "int8", "finetuning": "lora"},
+            r"quantization = 'int8' with finetuning = 'lora': .* give --finetuning qlora",
+        ),
+        (
+            {"checkpointed_layers": 3},
+            r"checkpointed_layers = 3 without gradient_checkpointing: give --gradient-checkpo",
+        ),
+        (
+            {"checkpointed_layers": 13, "gradient_checkpointing": True},
+            r"checkpointed_layers = 13: gpt2 has 12 blocks; give --set checkpointed_layers=12",
+        ),
+        (
+            {"release_gradients": True, "global_batch_tokens": 4096},
+            r"release_gradients with max_grad_norm = 1: .* give --set max_grad_norm=0",
+        ),
+        (
+            {"release_gradients": True, "max_grad_norm": 0.0},
+            r"micro batches of 4,096 tokens of a global batch of 8,192: .*micro_batch_tokens=8192",
+        ),
+        (
+            {"release_gradients": True, "max_grad_norm": 0.0, "global_batch_size": 5},
+            r"micro batches of 4,096 tokens of a global batch of 5,115: ",
+        ),
+        (
+            {"release_gradients": True, "global_batch_tokens": 4096, "mixed_precision": "fp16"},
+            r"release_gradients with mixed_precision = 'fp16': .* give --mixed-precision bf16",
+        ),
         (
             {"budget_usd": 5.0},
             r"budget_usd = 5 with no price_usd_per_hour: .* give --set price_usd_per_hour=",

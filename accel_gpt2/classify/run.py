@@ -1,5 +1,6 @@
 """A run directory: its names, and what is read back from it."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,11 +143,11 @@ def open_run(directory: Path, *, finished: bool = True) -> Run:
     if finished:
         for part in run.parts:
             for final in part.finals:
-                _check_belongs(run, part, final)
+                check_belongs(run, part, final)
     return run
 
 
-def _check_belongs(run: Run, part: Part, final: Path) -> None:
+def check_belongs(run: Run, part: Part, final: Path) -> None:
     """Raise a UserError unless a model was trained by the plan and the recipe that are there."""
     identity = read_identity(read_training_record(final).identity, final / TRAINING_RECORD)
     now: dict[str, object] = {
@@ -157,6 +158,8 @@ def _check_belongs(run: Run, part: Part, final: Path) -> None:
     then = {
         "class_name": identity.class_name,
         "data_fingerprint": identity.data_fingerprint,
+        # A key that is not there came with a later version, whose default is what was done then.
+        **dataclasses.asdict(TrainRecipe()),
         **identity.recipe,
     }
     changed = [key for key, value in now.items() if then.get(key) != value]
@@ -170,7 +173,9 @@ def _check_belongs(run: Run, part: Part, final: Path) -> None:
 
 
 # What a class's scores depend on; the rest of a recipe may be changed by a later start.
-_SCORING_FIELDS = ("objective", "model", "finetuning", "fused_gelu", "max_length")
+_SCORING_FIELDS = (
+    "objective", "model", "finetuning", "quantization", "fused_gelu", "max_length",
+)  # fmt: skip
 
 
 def _go_on(directory: Path) -> str:

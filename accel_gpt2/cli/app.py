@@ -12,6 +12,7 @@ from accel_gpt2.cli.demo import demo
 from accel_gpt2.cli.doctor import doctor
 from accel_gpt2.cli.errors import plain_app, run
 from accel_gpt2.cli.evaluate import evaluate
+from accel_gpt2.cli.export import export
 from accel_gpt2.cli.options import DebugOption, train_command, with_train_options
 from accel_gpt2.cli.output import print_line
 from accel_gpt2.cli.plan import plan
@@ -49,6 +50,7 @@ app.command()(evaluate)
 app.command()(predict)
 app.command()(report)
 app.command()(compare)
+app.command()(export)
 app.add_typer(configs, name="configs")
 app.command()(doctor)
 

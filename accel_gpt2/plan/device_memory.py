@@ -41,13 +41,15 @@ _CUDA_PROCESS_BYTES = 1800 * MIB
 class StateSizes:
     """What a training keeps, whole: weights, trained weights and optimizer state, in bytes.
 
-    `final_bytes` are those of the exported model, or of its adapter.
+    `final_bytes` are those of the exported model, or of its adapter. `paged_bytes` of the optimizer
+    state lie in memory that the driver moves between GPU and host.
     """
 
     parameters_bytes: int
     trained_bytes: int
     optimizer_bytes: int
     final_bytes: int
+    paged_bytes: int = 0
 
 
 def assemble_plan(
@@ -141,6 +143,14 @@ def _host(
                 name="weights on their way",
                 bytes=transient,
                 why="read before they go to the GPU, or copied before they go to the disk",
+            )
+        )
+    if sizes.paged_bytes and profile.gpu is not None:
+        terms.append(
+            MemoryTerm(
+                name="paged optimizer state",
+                bytes=processes * sizes.paged_bytes,
+                why="as much of it as has no room on the GPU",
             )
         )
     if strategy.offloads_optimizer:

@@ -9,6 +9,7 @@ docs/benchmarks/2026-11-23-memory-closed-form.md how far off it is.
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from accel_gpt2.catalog.models import ModelSpec
@@ -149,6 +150,18 @@ class Gpt2Step:
         return self.recipe.finetuning == "full"
 
     @property
+    def checkpointed(self) -> int:
+        """How many blocks are checkpointed: the first ones."""
+        if not self.recipe.gradient_checkpointing:
+            return 0
+        return min(self.recipe.checkpointed_layers or self.model.n_layer, self.model.n_layer)
+
+    @property
+    def released(self) -> bool:
+        """Whether a gradient goes as soon as it is there, its parameter stepped."""
+        return self.recipe.release_gradients
+
+    @property
     def adapted(self) -> tuple[str, ...]:
         """The projections that have an adapter."""
         if self.full:
@@ -171,7 +184,11 @@ class Gpt2Step:
                 self.model.vocab_size,
             )
         return _adapter_shapes(
-            self.model.n_layer, self.model.n_embd, self.recipe.lora_rank, self.adapted
+            self.model.n_layer,
+            self.model.n_embd,
+            self.recipe.lora_rank,
+            self.adapted,
+            self.recipe.use_dora,
         )
 
     @property
@@ -277,12 +294,17 @@ class Gpt2Step:
     def _optimizer_state(self) -> MemoryTerm:
         if self.strategy.offloads_optimizer:
             return _term("optimizer state", 0, "in host memory")
-        total = self.optimizer_state_bytes()
+        paged = self.paged_bytes()
+        total = self.optimizer_state_bytes() - paged
         sharded = self.strategy.shards_optimizer
         share = f" / {self.world_size} processes" if sharded else ""
         why = f"{self.recipe.optimizer}, {self.num_trained:,} parameters{share}"
         if self._kahan:
             why += ", with 2 bytes each of what rounding left over"
+        if paged:
+            why += "; the rest is paged, and leaves to the host what has no room here"
+        elif OPTIMIZERS[self.recipe.optimizer].paged_tensor_elements and not self.on_gpu:
+            why += "; without a GPU nothing is paged"
         return _term("optimizer state", self.shard(total, sharded=sharded), why)
 
     @property
@@ -297,6 +319,16 @@ class Gpt2Step:
             spec.state_bytes(shape, bf16=bf16) * count for shape, count in self.trained_shapes
         )
         return moments + (2 * self.num_trained if self._kahan else 0)
+
+    def paged_bytes(self) -> float:
+        """Of the optimizer state, what the driver may move to the host."""
+        if not self.on_gpu:
+            return 0.0
+        spec = OPTIMIZERS[self.recipe.optimizer]
+        return sum(
+            spec.paged_bytes(shape, bf16=self._plain_pure) * count
+            for shape, count in self.trained_shapes
+        )
 
     def _deepspeed_buckets(self) -> MemoryTerm:
         # Two, so that one is filled while the other is exchanged: overlap_comm.
@@ -332,6 +364,7 @@ class Gpt2Step:
             parameters_bytes=whole,
             trained_bytes=trained,
             optimizer_bytes=round(self.optimizer_state_bytes()),
+            paged_bytes=round(self.paged_bytes()),
             final_bytes=whole if self.full else trained,
         )
 
@@ -367,6 +400,8 @@ class Gpt2Step:
             extra += self.compute
         if drops:
             extra += sum(PROJECTIONS[path][0] for path in self.adapted)
+        if self.recipe.use_dora:  # the base's product and the adapter's, which it scales
+            extra += 2 * self.compute * sum(PROJECTIONS[path][1] for path in self.adapted)
         return extra
 
     @property
@@ -424,29 +459,40 @@ class Gpt2Step:
         return 1.0 * self.nd if drops else 0.0
 
     def activations(self, blocks: int) -> list[MemoryTerm]:
-        """What is saved of the embedding and of so many blocks."""
-        per_block = (
-            f"({self.saved_per_token:g} bytes x {self.nd:,} + statistics) for each of {blocks} "
-            "blocks"
-        )
-        if self.recipe.gradient_checkpointing:
-            return [
+        """What is saved of the embedding and of the first so many blocks."""
+        inputs = min(blocks, self.checkpointed)
+        whole = blocks - inputs
+        terms = []
+        embedded = self.embedding_bytes
+        if inputs:
+            # What the first block takes is in the embedding's. The first whole block's input is
+            # besides what that keeps.
+            between = inputs - 1 + (whole > 0)
+            terms.append(
                 _term(
                     "block inputs",
-                    self.embedding_bytes + (blocks - 1) * self.stream * self.nd,
-                    f"{self.stream} bytes x {self.nd:,} for each of {blocks} blocks",
+                    embedded + between * self.stream * self.nd,
+                    f"{self.stream} bytes x {self.nd:,} for each of {inputs} blocks",
                 )
-            ]
-        terms = [
-            _term("saved activations", self.embedding_bytes + blocks * self.block_bytes, per_block)
-        ]
-        if self.autocast:
-            terms.append(self._copies(blocks))
+            )
+            embedded = 0
+        if whole:
+            terms.append(
+                _term(
+                    "saved activations",
+                    embedded + whole * self.block_bytes,
+                    f"({self.saved_per_token:g} bytes x {self.nd:,} + statistics) for each of "
+                    f"{whole} blocks",
+                )
+            )
+            if self.autocast:
+                terms.append(self._copies(whole))
         return terms
 
     def _copies(self, blocks: int) -> MemoryTerm:
         # The first block's frozen c_attn has nothing below it that needs a gradient.
-        unneeded = 2 * 3 * self.model.n_embd**2 if self.recipe.finetuning == "lora" else 0
+        below = self.recipe.finetuning == "lora" and not self.checkpointed
+        unneeded = 2 * 3 * self.model.n_embd**2 if below else 0
         return _term(
             "16-bit copies of weights",
             blocks * self.weight_copies - unneeded,
@@ -461,11 +507,10 @@ class Gpt2Step:
         adapters = self.num_adapter_parameters / self.model.n_layer
         # Frozen weights are not remembered; what is saved is not counted twice.
         trained = 2 * (self.block_matrices if self.full else adapters)
-        remembered = trained if self.recipe.gradient_checkpointing else 0
         return [
             _term(
                 "autocast's cache",
-                (biases + remembered) * self.model.n_layer,
+                biases * self.model.n_layer + trained * self.checkpointed,
                 "16-bit copies of trained weights, until the forward pass ends",
             )
         ]
@@ -519,32 +564,34 @@ class Gpt2Step:
     def _forward(self) -> list[MemoryTerm]:
         return [
             *self.held_gradients(),
-            *self.activations(self.model.n_layer),
+            *_fullest(
+                [
+                    *self.activations(blocks),
+                    _term(
+                        "forward of a block",
+                        self._forward_transient(checkpointed=blocks <= self.checkpointed)
+                        + self.length * self.model.n_embd * self.weight,
+                        "what the last block has in hand, and the embeddings",
+                    ),
+                ]
+                for blocks in {self.model.n_layer, self.checkpointed} - {0}
+            ),
             *self.forward_copies(),
             *self.gathered(blocks=2),
             *self._outputs(),
-            _term(
-                "forward of a block",
-                self._forward_transient + self.length * self.model.n_embd * self.weight,
-                "what the last block has in hand, and the embeddings",
-            ),
         ]
 
-    @property
-    def _forward_transient(self) -> float:
+    def _forward_transient(self, *, checkpointed: bool) -> float:
         # Read off traces. Without checkpointing all but the sum of the residual is saved anyway.
         if not self.full:
-            return self._adapter_transients(self._drop)[0]
-        if self.recipe.gradient_checkpointing:
+            return self._adapter_transients(checkpointed=checkpointed)[0]
+        if checkpointed:
             return {4: 48, 2: 30 if self.autocast else 24}[self.compute] * self.nd
         return 3 * self.stream * self.nd
 
     def _loss(self) -> list[MemoryTerm]:
         """The loss at its fullest, forward or backward; ours makes its gradients in the former."""
-        fuller = max(
-            self._stock_losses() if self.stock_loss else self._losses(),
-            key=lambda terms: sum(term.bytes for term in terms),
-        )
+        fuller = _fullest(self._stock_losses() if self.stock_loss else self._losses())
         return [
             *self.held_gradients(),
             *self.activations(self.model.n_layer),
@@ -552,7 +599,7 @@ class Gpt2Step:
             *self._outputs(),
             _term(
                 "last block's output",
-                self.stream * self.nd if self.recipe.gradient_checkpointing else 0,
+                self.stream * self.nd if self.checkpointed == self.model.n_layer else 0,
                 f"{self.stream} bytes x {self.nd:,}, the last LayerNorm's input",
             ),
             *fuller,
@@ -641,28 +688,25 @@ class Gpt2Step:
         ]
 
     def _blocks(self) -> list[MemoryTerm]:
-        """Backward through the block at which most is held: the last one or the first."""
-        layers = self.model.n_layer
-        candidates = [
+        """Backward through the block at which most is held: the last or the first of its kind."""
+        layers, checkpointed = self.model.n_layer, self.checkpointed
+        fuller = _fullest(
             [
                 *self._block_gradients(layers - blocks),
                 *self.activations(blocks),
-                *self._recomputed(),
-                *self.gathered(blocks=2),
+                *(self._recomputed() if blocks <= checkpointed else []),
+                self._backward_transient(checkpointed=blocks <= checkpointed),
             ]
-            for blocks in {layers, 1}
-        ]
-        fuller = max(candidates, key=lambda terms: sum(term.bytes for term in terms))
-        return [
-            *fuller,
-            *self._head_gradient(),
-            *self._outputs(),
-            self._backward_transient(),
-        ]
+            for blocks in sorted({layers, checkpointed + 1, checkpointed, 1}, reverse=True)
+            if 1 <= blocks <= layers
+        )
+        return [*fuller, *self.gathered(blocks=2), *self._head_gradient(), *self._outputs()]
 
     def _block_gradients(self, blocks_done: int) -> list[MemoryTerm]:
         if self.accumulates:
             return self.held_gradients()
+        if self.released:
+            return []
         share = blocks_done / self.model.n_layer
         per_block = (
             self.block_matrices + 13 * self.model.n_embd
@@ -673,8 +717,6 @@ class Gpt2Step:
         return [_term("gradients", share * whole, f"of the {blocks_done} blocks that are done")]
 
     def _recomputed(self) -> list[MemoryTerm]:
-        if not self.recipe.gradient_checkpointing:
-            return []
         # Read off traces: the recomputation stops before gelu_new's result is cast to 16 bits.
         uncast = 8 if self.autocast and not self.recipe.fused_gelu else 0
         return [
@@ -686,10 +728,10 @@ class Gpt2Step:
             )
         ]
 
-    def _backward_transient(self) -> MemoryTerm:
+    def _backward_transient(self, *, checkpointed: bool) -> MemoryTerm:
         e, drop = self.compute, self._drop
         if not self.full:
-            needed = self._adapter_transients(drop)[1]
+            needed = self._adapter_transients(checkpointed=checkpointed)[1]
             return _term(
                 "backward of a block", needed, f"{needed / self.nd:.3g} bytes x {self.nd:,}"
             )
@@ -701,11 +743,13 @@ class Gpt2Step:
         else:
             # Read off traces: within gelu_new, when that gradient has gone where it is added.
             per_token = {4: 32, 2: 48 if self.autocast else 16}[e] - drop
-        weights = 4 * e  # the gradient of that product's matrix
+        weights: float = 4 * e  # the gradient of that product's matrix
         if not self.recipe.fused_gelu and self.accumulates:
             weights -= 4 * self.weight
+        if self.released:  # that gradient as wide as the weights, while they are stepped
+            weights = max(weights, 4 * (self.weight + self._step_bytes))
         needed = per_token * self.nd + weights * self.model.n_embd**2
-        if self.recipe.gradient_checkpointing:
+        if checkpointed:
             # At the end of the recomputation: the gradient, the product, dropout's result, the sum.
             again = self.stream + e + self.stream + (e if drop else 0)
             needed = max(needed, again * self.nd)
@@ -715,25 +759,25 @@ class Gpt2Step:
             f"{per_token} bytes x {self.nd:,} + {weights} bytes x {self.model.n_embd**2:,}",
         )
 
-    def _adapter_transients(self, drop: int) -> tuple[float, float]:
+    def _adapter_transients(self, *, checkpointed: bool) -> tuple[float, float]:
         """In the forward and the backward pass of a block, in bytes."""
-        recipe = self.recipe
-        key = self.compute, self.autocast, recipe.gradient_checkpointing, recipe.lora_dropout > 0
+        recipe, drop = self.recipe, self._drop
+        key = self.compute, self.autocast, checkpointed, recipe.lora_dropout > 0
         # Under checkpointing and autocast the peak is where a mask is made, otherwise where it has
         # been used, or before.
-        kept = recipe.gradient_checkpointing
-        backward_drop = drop if kept and self.autocast else -drop
+        backward_drop = drop if checkpointed and self.autocast else -drop
         if recipe.finetuning == "lora":
             forward, backward = _ADAPTER_TRANSIENTS[key]
             return (
-                (forward - (0 if kept else drop)) * self.nd,
+                (forward - (0 if checkpointed else drop)) * self.nd,
                 (backward + backward_drop) * self.nd,
             )
         forward, backward, forward_with_matrix, backward_with_matrix = _NF4_TRANSIENTS[key]
         matrix = 4 * self.model.n_embd**2 * self.compute
         return (
             max(
-                (forward - (0 if kept else drop)) * self.nd, forward_with_matrix * self.nd + matrix
+                (forward - (0 if checkpointed else drop)) * self.nd,
+                forward_with_matrix * self.nd + matrix,
             ),
             max((backward - drop) * self.nd, backward_with_matrix * self.nd + matrix),
         )
@@ -743,7 +787,7 @@ class Gpt2Step:
             if not self.recipe.gradient_checkpointing:
                 return []  # no gradient comes so far
             return [
-                self.all_gradients("all that the step makes"),
+                *([] if self.released else [self.all_gradients("all that the step makes")]),
                 _term(
                     "gradient of the input",
                     3 * self.stream * self.nd,
@@ -751,6 +795,23 @@ class Gpt2Step:
                 ),
             ]
         sums = "the head's, and the embedding's to be added to it"
+        if self.released:
+            # The earlier micro batches' own sums are there too.
+            summed = (3 if self.accumulates else 2) * self.weight
+            step = self.weight + self._step_bytes
+            return [
+                *self._outputs(),
+                _term(
+                    "embedding gradient",
+                    max(summed * self.head + self.stream * self.nd, step * self.head),
+                    f"{self.head:,} x {summed} bytes, {sums}; or {step:g} while it is stepped",
+                ),
+                _term(
+                    "gradients",
+                    self.weight * self.model.n_positions * self.model.n_embd,
+                    "of the positions",
+                ),
+            ]
         return [
             self.all_gradients("all that the step makes"),
             *self.gathered(blocks=0),
@@ -763,19 +824,25 @@ class Gpt2Step:
             _term("gradient of the input", self.stream * self.nd, f"{self.nd:,} x {self.stream}"),
         ]
 
-    def _optimizer(self) -> list[MemoryTerm]:
+    @property
+    def _step_bytes(self) -> float:
+        """An optimizer's temporaries over one tensor, per element."""
         spec = OPTIMIZERS[self.recipe.optimizer]
+        if self._plain_pure:
+            return spec.bf16_step_bytes_per_parameter
+        return spec.step_bytes_per_parameter
+
+    def _optimizer(self) -> list[MemoryTerm]:
+        if self.released:  # in the backward pass
+            return []
         sizes = sorted((math.prod(shape) for shape, _ in self.trained_shapes), reverse=True)
         following = sizes[:2]
         if self.full:  # in the model's order
             embeddings = [self.head, self.model.n_positions * self.model.n_embd]
             feed_forward = 2 * [4 * self.model.n_embd**2]
             following = max(embeddings, feed_forward, key=sum)
-        if self._plain_pure:
-            temporaries = spec.bf16_step_bytes_per_parameter * sizes[0]
-        else:
-            # One tensor's are let go when the next one's are there.
-            temporaries = spec.step_bytes_per_parameter * sum(following)
+        # One tensor's are let go when the next one's are there.
+        temporaries = self._step_bytes * (sizes[0] if self._plain_pure else sum(following))
         if self.strategy.backend == "deepspeed" and self.strategy.zero_stage >= 2:
             # stage_1_and_2.py, step: the share's gradients in fp32.
             temporaries += 4 * self.num_trained / self.world_size
@@ -824,6 +891,10 @@ class Gpt2Step:
         ]
 
 
+def _fullest(candidates: Iterable[list[MemoryTerm]]) -> list[MemoryTerm]:
+    return max(candidates, key=lambda terms: sum(term.bytes for term in terms))
+
+
 def _term(name: str, num_bytes: float, why: str) -> MemoryTerm:
     return MemoryTerm(name=name, bytes=round(num_bytes), why=why)
 
@@ -845,9 +916,11 @@ def _shapes(n_layer: int, n_embd: int, n_positions: int, vocab_size: int) -> Sha
 
 
 @functools.cache
-def _adapter_shapes(n_layer: int, n_embd: int, rank: int, adapted: tuple[str, ...]) -> Shapes:
+def _adapter_shapes(
+    n_layer: int, n_embd: int, rank: int, adapted: tuple[str, ...], use_dora: bool
+) -> Shapes:
     pairs = sorted((PROJECTIONS[path] for path in adapted), key=max, reverse=True)
-    return tuple(
+    matrices = tuple(
         shape
         for inputs, outputs in pairs
         for shape in (
@@ -855,6 +928,8 @@ def _adapter_shapes(n_layer: int, n_embd: int, rank: int, adapted: tuple[str, ..
             ((outputs * n_embd, rank), n_layer),
         )
     )
+    lengths = tuple(((outputs * n_embd,), n_layer) for _, outputs in pairs)
+    return matrices + lengths if use_dora else matrices
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 
 from accel_gpt2.recipe import MixedPrecision, TrainRecipe
+from accel_gpt2.train.released import GradientReleaser
 
 _AUTOCAST: dict[MixedPrecision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -31,6 +32,7 @@ def training_step(
     *,
     num_targets: int,
     scaler: torch.amp.GradScaler | None = None,
+    releaser: GradientReleaser | None = None,
     enter_phase: Callable[[str], None] = lambda name: None,
 ) -> Tensor:
     """Forward and backward passes over the micro batches, clipping, update; the gradients' norm.
@@ -40,19 +42,25 @@ def training_step(
         micro_batches: each makes its tensors on the device, as `model` takes them.
         num_targets: of all micro batches together.
         scaler: for fp16; None leaves the gradients as they are.
+        releaser: of the optimizer, where the recipe releases gradients.
         enter_phase: told when a part begins: "forward", "backward", "optimizer", "between steps".
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = parameters[0].device
-    for micro_batch in micro_batches:
+    for number, micro_batch in enumerate(micro_batches, start=1):
         enter_phase("forward")
         tensors = micro_batch()
         with autocast(recipe, device):
             loss = model(*tensors)
         enter_phase("backward")
         scaled = loss * (1 / num_targets)
-        (scaled if scaler is None else scaler.scale(scaled)).backward()
+        last = number == len(micro_batches)
+        with releaser.last_backward() if releaser and last else contextlib.nullcontext():
+            (scaled if scaler is None else scaler.scale(scaled)).backward()
         del loss, scaled  # and their graph
+    if releaser is not None:
+        enter_phase("between steps")
+        return torch.tensor(releaser.grad_norm())
     enter_phase("optimizer")
     if scaler is not None:
         scaler.unscale_(optimizer)

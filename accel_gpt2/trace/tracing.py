@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib.util
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from transformers.utils import import_utils
 
 from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.errors import UserError
+from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.trace import pretend
 from accel_gpt2.trace.memory import TracedMemory, TraceRequest, normalized
 from accel_gpt2.trace.step import StockLoss, autocast, training_step
@@ -24,6 +26,7 @@ from accel_gpt2.trace.tracker import MemoryTracker
 from accel_gpt2.train.model import build_model, fresh_config
 from accel_gpt2.train.objective import TrainedModel, to_device
 from accel_gpt2.train.optim import build_optimizer
+from accel_gpt2.train.released import GradientReleaser
 
 # The optimizer's state comes with the first step; the second is as all that follow.
 _NUM_STEPS = 2
@@ -74,7 +77,10 @@ def trace(request: TraceRequest) -> TracedMemory:
         )
     config = _config(request)
     n_layer: int = config.num_hidden_layers
-    if request.whole or n_layer <= _FOUR or not _blocks_are_alike(config):
+    if request.recipe.checkpointed_layers == n_layer:  # all, however deep
+        recipe = dataclasses.replace(request.recipe, checkpointed_layers=None)
+        request = dataclasses.replace(request, recipe=recipe)
+    if request.whole or n_layer <= _FOUR or not _blocks_are_alike(config, request.recipe):
         found = _trace_at_depth(request, config, n_layer)
     else:
         three, four = (_trace_at_depth(request, config, n) for n in (_THREE, _FOUR))
@@ -111,7 +117,9 @@ def _extrapolated(three: _Trace, four: _Trace, n_layer: int) -> _Trace:
     return _Trace(peaks=peaks, sizes=sizes)
 
 
-def _blocks_are_alike(config: Any) -> bool:
+def _blocks_are_alike(config: Any, recipe: TrainRecipe) -> bool:
+    if recipe.checkpointed_layers is not None:
+        return False
     kinds = [getattr(config, name, None) for name in ("layer_types", "attention_layers")]
     return all(each is None or len(set(each)) == 1 for each in kinds)
 
@@ -175,6 +183,7 @@ def _run(
     trained = StockLoss(model.finals[0].transformers_model) if request.stock_loss else model
     with unset_fake_temporarily():  # bitsandbytes computes its tables of 8-bit numbers
         optimizer = build_optimizer(model, recipe)
+    releaser = GradientReleaser(optimizer) if recipe.release_gradients else None
     static = [*model.parameters(), *model.buffers()]
     with tracker:
         for tensor in static:
@@ -188,6 +197,7 @@ def _run(
                 [micro_batch] * request.num_micro_batches,
                 recipe,
                 num_targets=1,
+                releaser=releaser,
                 enter_phase=marker.begin,
             )
         marker.begin("evaluation")
@@ -321,6 +331,18 @@ def _let_fake_tensors_pass() -> None:
     import_utils.is_fake_tensor = lambda tensor: False
     nn.Module._apply = _apply  # type: ignore[method-assign]
     torch.Generator = _Generator  # type: ignore[misc]
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        from bitsandbytes import functional
+
+        # Paged memory is no tensor of the device, and wants a GPU to be made.
+        functional.get_paged = _paged
+        functional.fill = functional.prefetch_tensor = lambda *_, **__: None
+
+
+def _paged(*shape: int, dtype: torch.dtype, device: object) -> Tensor:
+    paged = torch.empty(shape, dtype=dtype)
+    paged.is_paged = True  # type: ignore[attr-defined]
+    return paged
 
 
 def _apply(self: nn.Module, function: Any, recurse: bool = True) -> nn.Module:

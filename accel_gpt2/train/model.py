@@ -1,6 +1,7 @@
 """The model: built or loaded, adapted, and wrapped so that its forward pass is the loss."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from accel_gpt2.train.hybrid import HybridLanguageModels
 from accel_gpt2.train.manifest import verify
 from accel_gpt2.train.masked import MaskedLanguageModel, PllEstimator
 from accel_gpt2.train.objective import TrainedModel, TransformersModel
-from accel_gpt2.train.quantized import quantization_config, settle
+from accel_gpt2.train.quantized import quantization_config, restore_quantized, settle
 
 # What transformers' decoder families call their dropout rates.
 _DROPOUT_FIELDS = (
@@ -229,19 +230,11 @@ def load_final(
         UserError: when a file of it is missing or has changed, or the base cannot be had.
     """
     verify(directory)
-    tokenizer = load_saved_tokenizer(directory)
-    tokens = _Tokens(
-        vocab_size=tokenizer.vocab_size,
-        eos_token_id=tokenizer.eos_token_id,
-        mask_token_id=tokenizer.mask_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    tokens = _final_tokens(directory)
     with _readable(f"model in {directory}"):
-        if (directory / "adapter_config.json").is_file():
+        if is_adapter(directory):
             from peft import PeftModel
 
-            if not (directory / "adapter_model.safetensors").is_file():
-                raise UserError(f"{directory} holds no adapter_model.safetensors.")
             if base is None:
                 base = _read_base(recipe, tokens, class_names)
             model: Any = PeftModel.from_pretrained(base, directory)
@@ -254,6 +247,55 @@ def load_final(
     if recipe.mixed_precision == "pure_bf16":
         cast_to_bf16(wrapped)  # an adapter's base was bf16 when the adapter was trained
     return wrapped
+
+
+def load_merged(directory: Path, recipe: TrainRecipe, *, class_names: Sequence[str] = ()) -> Any:
+    """A trained model from its `final/` directory as a plain PreTrainedModel on the CPU.
+
+    It has the precision that it was trained in; an adapter is merged in fp32 into the base that it
+    was trained on, dequantised or rounded to bf16.
+
+    Raises:
+        UserError: as `load_final`.
+    """
+    verify(directory)
+    with _readable(f"model in {directory}"):
+        if not is_adapter(directory):
+            return _auto_class(recipe).from_pretrained(
+                directory, **_LOADING, dtype="auto", local_files_only=True
+            )
+        from peft import PeftModel
+
+        tokens = _final_tokens(directory)
+        base = _read_base(dataclasses.replace(recipe, finetuning="lora"), tokens, class_names)
+        if recipe.finetuning == "qlora":
+            restore_quantized(base, _read_base(recipe, tokens, class_names))
+        if recipe.mixed_precision == "pure_bf16":
+            base.bfloat16().float()
+        return PeftModel.from_pretrained(base, directory).merge_and_unload(safe_merge=True)
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether a `final/` directory holds an adapter, and not a whole model.
+
+    Raises:
+        UserError: when it says so and its weights are missing.
+    """
+    if not (directory / "adapter_config.json").is_file():
+        return False
+    if not (directory / "adapter_model.safetensors").is_file():
+        raise UserError(f"{directory} holds no adapter_model.safetensors.")
+    return True
+
+
+def _final_tokens(directory: Path) -> _Tokens:
+    tokenizer = load_saved_tokenizer(directory)
+    return _Tokens(
+        vocab_size=tokenizer.vocab_size,
+        eos_token_id=tokenizer.eos_token_id,
+        mask_token_id=tokenizer.mask_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def load_base(recipe: TrainRecipe) -> Any:

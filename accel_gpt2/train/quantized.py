@@ -79,15 +79,20 @@ def num_weights(parameter: nn.Parameter) -> int:
     return parameter.numel() if state is None else int(state.shape.numel())
 
 
-def dequantized(layer: Any) -> torch.Tensor:
-    """A quantised layer's weights in fp32, [out_features, in_features]."""
+def restore_quantized(model: nn.Module, quantized: nn.Module) -> None:
+    """Give a model the weights that its quantised copy computes with, in fp32."""
     from bitsandbytes import functional
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from transformers.pytorch_utils import Conv1D
 
-    if isinstance(layer, Linear4bit):
-        weights: torch.Tensor = functional.dequantize_4bit(
-            layer.weight.data, layer.weight.quant_state
-        )
-        return weights.float()
-    scaled: torch.Tensor = layer.weight.data.float() * layer.scale[:, None]
-    return scaled
+    layers = dict(model.named_modules())
+    for name, layer in quantized.named_modules():
+        if isinstance(layer, Linear4bit):
+            weight = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        elif isinstance(layer, Linear8bitLt):
+            weight = layer.weight.data * layer.scale[:, None]
+        else:
+            continue
+        into = layers[name]
+        assert isinstance(into.weight, nn.Parameter)
+        into.weight.data.copy_(weight.T if isinstance(into, Conv1D) else weight)

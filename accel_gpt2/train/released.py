@@ -6,7 +6,7 @@ A step then holds the gradients of the tensors that are being computed, not of a
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,18 +36,25 @@ class GradientReleaser:
             for parameter in group["params"]
         }
         self._squared_norms: list[float] = []
-        self._is_last = False
+        self._then: Literal["keep", "step", "forget"] = "keep"
         for parameter in self._group_numbers:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
 
-    @contextlib.contextmanager
-    def last_backward(self) -> Iterator[None]:
+    def last_backward(self) -> contextlib.AbstractContextManager[None]:
         """Within it gradients are those of the whole step, so parameters are stepped."""
-        self._is_last = True
+        return self._with("step")
+
+    def rehearsal(self) -> contextlib.AbstractContextManager[None]:
+        """Within it gradients are freed and nothing is stepped."""
+        return self._with("forget")
+
+    @contextlib.contextmanager
+    def _with(self, then: Literal["step", "forget"]) -> Iterator[None]:
+        self._then = then
         try:
             yield
         finally:
-            self._is_last = False
+            self._then = "keep"
 
     def grad_norm(self) -> float:
         """The global norm of the gradients that the last backward pass released."""
@@ -56,8 +63,13 @@ class GradientReleaser:
         return norm
 
     def _on_gradient(self, parameter: Tensor) -> None:
-        if not self._is_last:
+        if self._then == "keep":
             return
+        if self._then == "step":
+            self._step(parameter)
+        parameter.grad = None
+
+    def _step(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         norm = float(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
         self._squared_norms.append(norm**2)
@@ -67,7 +79,6 @@ class GradientReleaser:
             self._optimizer.param_groups = [{**group, "params": [parameter]}]
             self._optimizer.step()
             self._optimizer.param_groups = groups
-        parameter.grad = None
 
 
 class ReleasingBackend(PlainBackend):
@@ -96,3 +107,6 @@ class ReleasingBackend(PlainBackend):
 
     def skip(self) -> None:
         """Done in the backward pass, as far as it can be."""
+
+    def probing(self) -> contextlib.AbstractContextManager[None]:
+        return self._releaser.rehearsal()
