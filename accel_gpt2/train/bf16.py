@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from accel_gpt2.recipe import Bf16Rounding
@@ -104,16 +105,17 @@ class Bf16Optimizer(Optimizer):
         self._num_steps += 1
 
     def _step_one(
-        self, parameter: Tensor, group: Mapping[str, Any], generator: torch.Generator
+        self, whole: Tensor, group: Mapping[str, Any], generator: torch.Generator
     ) -> None:
-        own = self.state[parameter]
+        own = self.state[whole]
+        assert whole.grad is not None
+        parameter, gradient = _local(whole), _local(whole.grad)
         moments = {key: value for key, value in own.items() if key in _MOMENTS}
         compensation = own.pop("compensation", None)
         weight = nn.Parameter(parameter.detach().float())
         if compensation is not None:
             weight.add_(compensation)
-        assert parameter.grad is not None
-        weight.grad = parameter.grad.float()
+        weight.grad = gradient.float()
 
         self.stepper.param_groups = [{**group, "params": [weight]}]
         self.stepper.state[weight] = own | {key: x.float() for key, x in moments.items()}
@@ -154,6 +156,11 @@ class Bf16Optimizer(Optimizer):
         for number, parameter, group in zip(numbers, parameters, groups, strict=True):
             if number in state_dict["state"]:
                 self.state[parameter] = _moved(state_dict["state"][number], parameter, group)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's share of a tensor that is sharded; any other itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _moved(saved: Mapping[str, Any], parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:

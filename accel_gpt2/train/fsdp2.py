@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
@@ -74,8 +74,10 @@ class Fsdp2Backend(Backend):
             group.set_custom_reduce_scatter(_ReduceScatterAlone())
         try:
             yield
+        except BaseException:
+            self.model.reset_iter_state()  # the pass was left in its middle
+            raise
         finally:
-            self.model.reset_iter_state()  # of a pass that ran out of memory
             for group in self._groups:
                 group.set_custom_all_gather(DefaultAllGather())
                 group.set_custom_reduce_scatter(DefaultReduceScatter())
@@ -109,7 +111,11 @@ class Fsdp2Backend(Backend):
 
     def gathered_optimizer_state(self) -> dict[str, Any]:
         saved = self.optimizer.state_dict()
-        state = {index: self._gathered(own) for index, own in saved["state"].items()}
+        shards = self._shards_in_order()
+        state = {
+            index: self._gathered({key: _as_shard(x, shards[index]) for key, x in own.items()})
+            for index, own in saved["state"].items()
+        }
         return {**saved, "state": state} if self._accelerator.is_main_process else {}
 
     def _gathered(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,19 +128,34 @@ class Fsdp2Backend(Backend):
         return gathered
 
     def load_optimizer_state(self, saved: Mapping[str, Any]) -> None:
-        shards = [shard for group in self.optimizer.param_groups for shard in group["params"]]
+        shards = self._shards_in_order()
         state = {
-            index: {key: _shard_like(shards[index], value) for key, value in own.items()}
+            index: {key: self._share(x, shards[index]) for key, x in own.items()}
             for index, own in saved["state"].items()
         }
         load_optimizer_state(self.optimizer, {**saved, "state": state}, self._recipe)
 
+    def _share(self, value: Any, shard: DTensor) -> Any:
+        """This rank's share of a moment that all ranks have read whole; anything else as it is."""
+        if not isinstance(value, Tensor) or value.shape != shard.shape:
+            return value
+        share = distribute_tensor(
+            value.to(shard.device), shard.device_mesh, shard.placements, src_data_rank=None
+        )
+        return share.to_local() if self._recipe.mixed_precision == "pure_bf16" else share
+
+    def _shards_in_order(self) -> list[DTensor]:
+        return [shard for group in self.optimizer.param_groups for shard in group["params"]]
+
 
 def _block_classes(model: TrainedModel) -> list[str]:
-    """The classes of the model's blocks, as transformers names what must not be split."""
-    present = {type(module).__name__ for module in model.modules()}
-    named = {x for final in model.finals for x in final.transformers_model._no_split_modules or ()}
-    return sorted(present & named)
+    """The classes of the layers that a model repeats, such as GPT2Block.
+
+    What transformers says must not be split has embeddings among it, which a head may be tied to.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks = {type(block).__name__ for layers in lists for block in layers}
+    return sorted(blocks - {type(final).__name__ for final in model.finals})
 
 
 def _local(value: Tensor) -> Tensor:
@@ -145,17 +166,13 @@ def _whole(value: Any) -> Any:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _shard_like(parameter: Tensor, value: Any) -> Any:
-    """This rank's share of a moment that is whole on all ranks; anything else as it is."""
-    if not (isinstance(parameter, DTensor) and isinstance(value, Tensor)):
+def _as_shard(value: Any, shard: DTensor) -> Any:
+    """A moment that an optimizer keeps as a plain tensor, of its own share, as what it is."""
+    local = shard.to_local()
+    if not isinstance(value, Tensor) or isinstance(value, DTensor) or value.shape != local.shape:
         return value
-    if value.shape != parameter.shape:
-        return value
-    return distribute_tensor(
-        value.to(parameter.device),
-        parameter.device_mesh,
-        parameter.placements,
-        src_data_rank=None,  # everyone has read it
+    return DTensor.from_local(
+        value, shard.device_mesh, shard.placements, shape=shard.shape, stride=shard.stride()
     )
 
 
@@ -175,7 +192,7 @@ class _AllGatherAlone(DefaultAllGather):
 
 
 class _ReduceScatterAlone(DefaultReduceScatter):
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         output_tensor: Tensor,
         input_tensor: Tensor,
