@@ -1,12 +1,15 @@
 """The launched process's whole job, from text to `final/` folders: every part of a run."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accel_gpt2.classify.lock import hold
 from accel_gpt2.classify.part_training import DirectoryRecords, RunTraining, count_steps
 from accel_gpt2.classify.parts import parts_of
+from accel_gpt2.classify.placed import PlacedTraining, is_placed
+from accel_gpt2.classify.placed_progress import PlacedProgress
 from accel_gpt2.classify.prepare import PreparedData, prepare_data
 from accel_gpt2.classify.run import (
     CALIBRATION,
@@ -32,6 +35,8 @@ from accel_gpt2.train.processes import (
 )
 from accel_gpt2.train.progress import TrainProgress
 from accel_gpt2.train.stopping import StopRequest, limits_of
+
+T = TypeVar("T")
 
 
 def fit(
@@ -78,15 +83,18 @@ def fit(
     ):
         check_precision(recipe)
         check_trackers(recipe)
+        placed = is_placed(recipe)  # its children train, and this process watches them
         data = prepare_data(recipe, progress=talks and not quiet)
         stop.preparing = False  # from here on the processes leave together
-        accelerator = build_accelerator(recipe, run_directory)
-        standings = on_first_process(
+        accelerator = None if placed else build_accelerator(recipe, run_directory)
+        standings = _on_first_process(
             accelerator, lambda: start_directory(run_directory, recipe, data, resume=resume)
         )
-        start_trackers(accelerator)
+        if accelerator is not None:
+            start_trackers(accelerator)
+        display = PlacedProgress if placed else TrainProgress
         try:
-            with TrainProgress(shown=talks, quiet=quiet) as progress:
+            with display(shown=talks, quiet=quiet) as progress:
                 stop.announce = progress.note
                 _fit_parts(
                     recipe,
@@ -107,13 +115,17 @@ def fit(
 
 
 def _close(
-    accelerator: Any, run_directory: Path, recipe: TrainRecipe, spent_seconds: float
+    accelerator: Any | None, run_directory: Path, recipe: TrainRecipe, spent_seconds: float
 ) -> None:
     with contextlib.ExitStack() as closing:  # each of them, also when one fails
-        if accelerator.is_main_process:
+        if is_first_process():
             closing.callback(write_spent_seconds, run_directory, spent_seconds, recipe)
-        for tracker in accelerator.trackers:
+        for tracker in accelerator.trackers if accelerator is not None else ():
             closing.callback(tracker.finish)
+
+
+def _on_first_process(accelerator: Any | None, work: Callable[[], T]) -> T:
+    return work() if accelerator is None else on_first_process(accelerator, work)
 
 
 def _fit_parts(
@@ -121,12 +133,13 @@ def _fit_parts(
     run_directory: Path,
     data: PreparedData,
     standings: list[Standing],
-    accelerator: Any,
+    accelerator: Any | None,
     *,
     stop: StopRequest,
     progress: TrainProgress,
     spent_seconds: float,
 ) -> None:
+    """Train all parts, on `accelerator` or in children, and fit what needs all of them."""
     parts = parts_of(run_directory, recipe.objective, data.text.class_names)
     steps = count_steps(recipe, data, parts, standings)
     for warning in (text for standing in standings for text in standing.warnings):
@@ -136,32 +149,48 @@ def _fit_parts(
         parts,
         standings,
         steps,
+        recipe=recipe,
         spent=lambda: write_spent_seconds(run_directory, spent_seconds + stop.seconds, recipe),
     )
-    training = RunTraining(
-        recipe,
-        run_directory,
-        data,
-        standings,
-        accelerator,
-        stop=stop,
-        progress=progress,
-        spent_seconds=spent_seconds,
-        records=records,
-        steps=steps,
-    )
-    with records if accelerator.is_main_process else contextlib.nullcontext():
-        if recipe.placement == "shared-base":
-            train_on_shared_base(training)
+    training: RunTraining | PlacedTraining
+    with records if is_first_process() else contextlib.nullcontext():
+        if accelerator is None:
+            assert isinstance(progress, PlacedProgress)
+            training = PlacedTraining(
+                recipe,
+                run_directory,
+                data,
+                parts,
+                standings,
+                steps=steps,
+                stop=stop,
+                progress=progress,
+                records=records,
+                spent_seconds=spent_seconds,
+            )
+            training.run()
         else:
-            for part in parts:
-                if training.announce(part):
-                    training.train(part)
+            training = RunTraining(
+                recipe,
+                run_directory,
+                data,
+                standings,
+                accelerator,
+                stop=stop,
+                progress=progress,
+                spent_seconds=spent_seconds,
+                records=records,
+                steps=steps,
+            )
+            if recipe.placement == "shared-base":
+                train_on_shared_base(training)
+            else:
+                for part in parts:
+                    if training.announce(part):
+                        training.train(part)
     if recipe.objective == "unconditional":
         return  # it tells no classes apart
     # Unless nothing was trained now, and an earlier start came to its end.
-    if accelerator.is_main_process and (
-        training.plan or not (run_directory / CALIBRATION).is_file()
-    ):
+    if is_first_process() and (training.plan or not (run_directory / CALIBRATION).is_file()):
         log_joint_validation(run_directory, parts, data, training.recipe)
-    on_first_process(accelerator, lambda: calibrate(run_directory, data, progress))
+    _on_first_process(accelerator, lambda: calibrate(run_directory, data, progress))

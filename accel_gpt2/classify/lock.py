@@ -105,7 +105,7 @@ def claim(run_directory: Path) -> Iterator[None]:
     Raises:
         UserError: when another process is at work there, or nothing can be written.
     """
-    with _locked(run_directory, heir_of=None) as owner:
+    with _locked(run_directory, heir_of=None) as (owner, _):
         _write_record(run_directory, owner)
     try:
         yield
@@ -129,22 +129,30 @@ def hold(run_directory: Path, *, heir_of: int | None = None) -> Iterator[None]:
     if key in _held:
         yield
         return
-    with _locked(run_directory, heir_of=heir_of) as owner:
+    with _locked(run_directory, heir_of=heir_of) as (owner, descriptor):
         _write_record(run_directory, owner)
-        _held.add(key)
+        _held[key] = descriptor
         try:
             yield
         finally:
-            _held.discard(key)
+            del _held[key]
             _remove_own_record(run_directory)
 
 
-_held: set[tuple[int, Path]] = set()
+_held: dict[tuple[int, Path], int] = {}
+
+
+def held_descriptor(run_directory: Path) -> int:
+    """The open file of the lock that this process holds.
+
+    Whoever inherits it has a part in the lock, which goes when the last of them ends.
+    """
+    return _held[os.getpid(), run_directory.resolve()]
 
 
 @contextlib.contextmanager
-def _locked(run_directory: Path, *, heir_of: int | None) -> Iterator[Owner]:
-    """The lock, for the block; gives the record that its holder may write."""
+def _locked(run_directory: Path, *, heir_of: int | None) -> Iterator[tuple[Owner, int]]:
+    """The lock, for the block: the record that its holder may write, and the locked file."""
     check_free(run_directory, heir_of=heir_of)
     path = run_directory / LOCK_FILE
     try:
@@ -168,7 +176,7 @@ def _locked(run_directory: Path, *, heir_of: int | None) -> Iterator[Owner]:
             mine = _this_process(command=owner.command, started_at=owner.started_at)
         if locked is None:
             _settle(run_directory, mine)
-        yield mine
+        yield mine, descriptor
     finally:
         os.close(descriptor)  # and with it the lock
 

@@ -72,12 +72,13 @@ class DirectoryRecords:
         standings: Sequence[Standing],
         steps: Sequence[int],
         *,
+        recipe: TrainRecipe,
         spent: Callable[[], None],
     ) -> None:
         self._run_directory = run_directory
         self._spent = spent
         self._spent_noted = time.monotonic()
-        self._recipe: TrainRecipe | None = None
+        self._recipe = recipe
         rows = [
             _status(part, standing, total_steps)
             for part, standing, total_steps in zip(parts, standings, steps, strict=True)
@@ -109,7 +110,7 @@ class DirectoryRecords:
             self.status.reached(row["class_index"], row["step"], process=process)
 
     def planned(self, recipe: TrainRecipe, plan: dict[str, Any]) -> None:
-        if self._recipe not in {None, recipe}:
+        if recipe != self._recipe:
             write_recipe(self._run_directory, recipe)
         self._recipe = recipe
         write_json(self._run_directory / "plan.json", plan)
@@ -184,16 +185,8 @@ class RunTraining:
     def announce(self, part: Part) -> bool:
         """Say where a part stands; whether it has to be trained."""
         standing = self._standings[part.index]
-        if standing.finished:
-            self.progress.say(
-                f"{part.name} ({part.index + 1}/{len(self.parts)}) is trained already"
-            )
-            return False
-        for problem in standing.skipped:
-            self.progress.say(f"Skipped: {problem}")
-        if standing.checkpoint is not None:
-            self.progress.say(f"{part.name} goes on from {standing.checkpoint}")
-        return True
+        announce(self.progress, part, standing, num_parts=len(self.parts))
+        return not standing.finished
 
     def build_model(self) -> TrainedModel:
         """A model as each part's training begins with."""
@@ -322,6 +315,16 @@ class RunTraining:
 
     def _write_plan(self) -> None:
         on_first_process(self.accelerator, partial(self._records.planned, self.recipe, self.plan))
+
+
+def announce(progress: TrainProgress, part: Part, standing: Standing, *, num_parts: int) -> None:
+    """Say where a part stands that is finished or begun."""
+    if standing.finished:
+        progress.say(f"{part.name} ({part.index + 1}/{num_parts}) is trained already")
+    for problem in standing.skipped:
+        progress.say(f"Skipped: {problem}")
+    if standing.checkpoint is not None:
+        progress.say(f"{part.name} goes on from {standing.checkpoint}")
 
 
 def count_steps(

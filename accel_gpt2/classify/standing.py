@@ -63,7 +63,7 @@ def start_directory(
     standings = []
     for part in parts:
         path = chosen[1] if chosen is not None and chosen[0] == part.index else None
-        standing = _standing(part, part_identity(recipe, data, part), recipe, chosen=path)
+        standing = standing_of(part, part_identity(recipe, data, part), recipe, chosen=path)
         if path is not None and standing.finished:
             raise UsageError(
                 f"--resume {resume}: {part.name} is trained to the end already; give "
@@ -136,10 +136,14 @@ def _changes(there: Identity, here: Identity, recipe: TrainRecipe, path: Path) -
     return changes
 
 
-def _standing(
-    part: Part, identity: Identity, recipe: TrainRecipe, *, chosen: Path | None
+def standing_of(
+    part: Part, identity: Identity, recipe: TrainRecipe, *, chosen: Path | None = None
 ) -> Standing:
-    """Where one part stands; damage is passed over, what does not belong here is refused.
+    """Where a part stands that nobody trains; damage is passed over, what does not belong here is
+    refused.
+
+    Args:
+        chosen: the checkpoint to go on from; None for the newest whole one.
 
     Raises:
         UserError: when what there is cannot be gone on from, or nothing of it is whole.

@@ -6,7 +6,6 @@ that is hit by the same signal dies at once or kills what it started.
 """
 
 import contextlib
-import ctypes
 import os
 import shlex
 import shutil
@@ -30,6 +29,7 @@ from accel_gpt2.cli.run_directory import RECIPE_FILE
 from accel_gpt2.durable import write_text
 from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
 from accel_gpt2.failures import mark_as_told
+from accel_gpt2.parent import stop_with_parent
 from accel_gpt2.render.accelerate import ACCELERATE_DIRECTORY, DEEPSPEED_DIRECTORY
 from accel_gpt2.terminal import shortened
 
@@ -324,13 +324,3 @@ def recorded_outcome(run_directory: Path) -> Iterator[Trainer]:
 def _stop_before_training(number: int, frame: FrameType | None) -> None:
     name = signal.Signals(number).name
     raise StoppedEarly(f"Stopped by {name} before the training began.", ExitCode.STOPPED)
-
-
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def stop_with_parent() -> None:
-    """Have the kernel send this process a SIGTERM when its parent dies; Linux only."""
-    if _libc is not None:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -58,7 +58,7 @@ def build_accelerator(recipe: TrainRecipe, run_directory: Path | None = None) ->
     with_deepspeed = _is_set("ACCELERATE_USE_DEEPSPEED")
     if with_deepspeed:
         _quiet_deepspeed()
-        if _on_cpu():
+        if on_cpu():
             group.backend = "gloo"
             _use_no_compiled_collectives()
     with_fsdp2 = _is_set("ACCELERATE_USE_FSDP") and int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -67,7 +67,7 @@ def build_accelerator(recipe: TrainRecipe, run_directory: Path | None = None) ->
         _say_that_fsdp2_can_be(group)
     accelerator = Accelerator(
         # It would be DDP in their place.
-        cpu=_on_cpu() and not with_deepspeed and not with_fsdp2,
+        cpu=on_cpu() and not with_deepspeed and not with_fsdp2,
         mixed_precision=autocast_precision(recipe.mixed_precision),
         log_with=trackers or None,
         kwargs_handlers=[group],
@@ -105,7 +105,7 @@ def _say_that_fsdp2_can_be(group: Any) -> None:
     """
     from accelerate.state import DistributedType, PartialState
 
-    PartialState(cpu=_on_cpu(), **group.to_kwargs())
+    PartialState(cpu=on_cpu(), **group.to_kwargs())
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
@@ -224,13 +224,14 @@ def current_gpu(accelerator: Any) -> GpuSpec | None:
 
 def check_precision(recipe: TrainRecipe) -> None:
     """Raise UsageError where the device cannot compute in the recipe's precision."""
-    if _on_cpu() and recipe.mixed_precision == "fp16":
+    if on_cpu() and recipe.mixed_precision == "fp16":
         raise UsageError(
             "mixed_precision = 'fp16' needs a GPU and none is used; give --mixed-precision no."
         )
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
+    """Whether models are trained without a GPU."""
     return _is_set("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
 
 

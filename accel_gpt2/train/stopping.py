@@ -82,6 +82,8 @@ class StopRequest:
         self.saved = saved  # whether there is work on the disk to go on from
         self.trainings = 1  # how many have to finish their step and save before the end
         self.announce: Callable[[str], None] = _write  # called from a signal handler
+        # For others who have to stop too, called from a signal handler; False: at once, unsaved.
+        self.pass_on: Callable[[bool], None] = lambda saves: None
         self._limits = tuple(limits)
         self._signals = _SIGNALS if handle_signals else ()
         self._started = time.monotonic()
@@ -118,10 +120,12 @@ class StopRequest:
         now = time.monotonic()
         if number == signal.SIGINT and self._signal == signal.SIGINT:
             if now - self._signal_time >= _SECOND_INTERRUPT_SECONDS:
+                self.pass_on(False)
                 _write("Leaving at once; the last whole checkpoint stands.")
                 os._exit(ExitCode.INTERRUPTED)
             return
         self._signal, self._signal_time, self._cause = number, now, _BY_SIGNAL
+        self.pass_on(True)
         if self.preparing:
             raise self.error()
         if number == signal.SIGINT:
