@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from accel_gpt2.errors import UsageError
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.backend import PlainBackend
 from accel_gpt2.train.objective import TrainedModel
@@ -85,12 +84,7 @@ class ReleasingBackend(PlainBackend):
     """One process whose backward pass updates the weights."""
 
     def __init__(self, accelerator: Any, model: TrainedModel, recipe: TrainRecipe) -> None:
-        if accelerator.num_processes > 1:
-            raise UsageError(
-                f"release_gradients with {accelerator.num_processes} processes: gradients are "
-                "exchanged before any parameter is stepped; train on one GPU, or leave "
-                "release_gradients out."
-            )
+        assert accelerator.num_processes == 1, "plan.support refuses more"
         super().__init__(accelerator, model, recipe)
         self._releaser = GradientReleaser(getattr(self.optimizer, "optimizer", self.optimizer))
 

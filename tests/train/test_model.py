@@ -156,6 +156,64 @@ def test_gradient_checkpointing_changes_no_gradient(pretrained: Path, finetuning
         torch.testing.assert_close(with_checkpointing[name], gradient, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_so_many_blocks_are_checkpointed(pretrained: Path, num_layers: int) -> None:
+    """The first ones run again in the backward pass, the others do not; gradients are the same."""
+    tensors = [torch.from_numpy(x) for x in _batch()]
+    plain = _build(_recipe(pretrained)).train()
+    plain(*tensors).backward()
+    recipe = _recipe(pretrained, gradient_checkpointing=True, checkpointed_layers=num_layers)
+    model = _build(recipe).train()
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    blocks = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
+    assert len(blocks) == 2
+    runs = [0, 0]
+    for index, block in enumerate(blocks):
+        norm = next(x for x in block.modules() if "Norm" in type(x).__name__)
+
+        def count(*_: Any, index: int = index) -> None:
+            runs[index] += 1
+
+        norm.register_forward_hook(count)
+    model(*tensors).backward()
+    assert runs == [2 if index < num_layers else 1 for index in range(2)]
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_more_blocks_than_there_are_cannot_be_checkpointed(pretrained: Path) -> None:
+    """A number from another model is an error and not all blocks."""
+    recipe = _recipe(pretrained, gradient_checkpointing=True, checkpointed_layers=3)
+    with pytest.raises(UsageError, match=r"checkpointed_layers = 3: .* has 2 blocks .* or less"):
+        _build(recipe)
+
+
+def test_dora_starts_as_the_base_and_trains_lengths_and_directions(pretrained: Path) -> None:
+    """Before a step the scores are the base's; after two, lengths and both matrices have moved."""
+    recipe = _recipe(pretrained, finetuning="lora", lora_rank=4, use_dora=True)
+    model, base = _build(recipe), _build(_recipe(pretrained))
+    documents = [np.arange(1, 20), np.arange(1, 6)]
+    cpu = torch.device("cpu")
+    scores = [x.eval().score(documents, cpu) for x in (model, base)]
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-5, atol=1e-4)
+    before = {name: tensor.clone() for name, tensor in model.trainable_state().items()}
+    kinds = {"lora_A", "lora_B", "lora_magnitude_vector"}
+    assert {kind for kind in kinds for name in before if kind in name} == kinds
+    optimizer = build_optimizer(model.train(), recipe)
+    for _ in range(2):
+        model(*(torch.from_numpy(x) for x in _batch())).backward()
+        optimizer.step()
+    after = model.trainable_state()
+    assert not any(torch.equal(after[name], before[name]) for name in before)
+
+
+def _batch() -> tuple[Any, ...]:
+    """A batch as a language model takes it."""
+    batch = collate([np.arange(1, 20), np.arange(1, 6)])
+    return batch.input_ids, batch.targets, batch.valid
+
+
 def test_dropout_of_the_recipe_reaches_the_model(pretrained: Path) -> None:
     """Two training passes differ with dropout and are equal without."""
     batch = collate([np.arange(1, 20)])
