@@ -36,14 +36,14 @@ _ROWS = (
     PlacementSpec(
         name="per-gpu",
         title="one class per GPU",
-        trained=False,
+        trained=True,
         speed=1.0,
         source="processes that exchange nothing; more classes than GPUs queue",
     ),
     PlacementSpec(
         name="concurrent",
         title="all classes at once on each GPU",
-        trained=False,
+        trained=True,
         # They take turns on the same multiprocessors.
         speed=0.96,
         source="prismaquant #283: two processes on one GPU without MPS, 0.96 of one after another",
@@ -51,7 +51,7 @@ _ROWS = (
     PlacementSpec(
         name="shared-base",
         title="all classes' adapters on one base",
-        trained=False,
+        trained=True,
         speed=1.0,
         source="micro batches of the classes take turns on a base that is resident once",
     ),
@@ -73,14 +73,16 @@ def num_models(recipe: TrainRecipe, num_classes: int) -> int:
 
 
 def models_per_gpu(placement: Placement, *, num_models: int, num_gpus: int) -> int:
-    """How many models one GPU holds at the same time.
+    """How many models one GPU holds at the same time, or the RAM of a machine without one.
 
     >>> models_per_gpu("concurrent", num_models=4, num_gpus=1)
     4
     >>> models_per_gpu("per-gpu", num_models=4, num_gpus=2)
     1
+    >>> models_per_gpu("per-gpu", num_models=4, num_gpus=0)  # at most: one for each core
+    4
     """
-    if placement in {"sequential", "per-gpu"}:
+    if placement == "sequential" or (placement == "per-gpu" and num_gpus > 0):
         return 1
     return -(-num_models // max(1, num_gpus))
 

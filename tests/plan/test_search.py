@@ -9,10 +9,14 @@ from hypothesis import strategies as st
 
 from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.catalog.profiles import PROFILES
+from accel_gpt2.catalog.strategies import STRATEGIES
 from accel_gpt2.errors import UsageError
 from accel_gpt2.plan.candidates import CHOICES, RESULT_CHOICES, Preference
-from accel_gpt2.plan.search import Option, RunPlan, plan_run
+from accel_gpt2.plan.search import Option, RunPlan, Scope, plan_run
 from accel_gpt2.recipe import Layer, assignments_layer, parse_value, resolve
+
+# Whatever this version trains.
+PREDICTED: Scope = "recommend predicted"
 
 GPT2_MODELS = [name for name, row in MODELS.items() if row.model_type == "gpt2"]
 
@@ -234,7 +238,7 @@ def test_only_what_this_version_trains_is_recommended() -> None:
     """GPT-2 XL's fp32 weights fit on four cards in shares: shown as predicted, not recommended."""
     plan = planned("4x-rtx3090", model="gpt2-xl")
     assert plan.recommended is not None
-    assert plan.recommended.strategy.name == "ddp"
+    assert not plan.recommended.strategy.is_sharded
     predicted = [x.option for x in plan.predicted]
     assert any(x is not None and x.strategy.is_sharded and x.level == 0 for x in predicted)
 
@@ -283,6 +287,39 @@ def test_the_price_of_the_machine_gives_the_cost() -> None:
     assert option is not None
     assert option.seconds is not None
     assert option.cost_usd == pytest.approx(option.seconds.expected / 1800)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_that_is_asked_for_is_the_only_one(name: str) -> None:
+    """Also where another is better; one process on a machine of two GPUs is a choice too."""
+    plan = plan_run(
+        [layer(model="gpt2")], PROFILES["2x-rtx4070ti"], strategy=STRATEGIES[name], scope=PREDICTED
+    )
+    assert {option.strategy.name for option in options_of(plan)} == {name}
+    assert "sequential" in {option.placement for option in options_of(plan)}
+
+
+def test_a_placement_that_is_asked_for_is_the_only_one() -> None:
+    """It leaves each model whole; without one the plan says in the recipe which it chose."""
+    plan = plan_run(
+        [layer(model="gpt2", placement="per-gpu")], PROFILES["2x-rtx4070ti"], scope=PREDICTED
+    )
+    chosen = {(x.strategy.name, x.placement, x.recipe.placement) for x in options_of(plan)}
+    assert chosen == {("single", "per-gpu", "per-gpu")}
+    for option in options_of(planned("2x-rtx4070ti", model="gpt2")):
+        assert option.recipe.placement == option.placement
+        assert option.resolved.origins["placement"] == "plan for 2x-rtx4070ti"
+
+
+def test_what_nothing_can_train_is_a_usage_error() -> None:
+    """A strategy and a recipe that exclude each other, with the reason."""
+    with pytest.raises(UsageError, match=r"gpt2 cannot be trained as asked: .*DTensors"):
+        plan_run(
+            [layer(model="gpt2", optimizer="adamw_8bit")],
+            PROFILES["2x-rtx4070ti"],
+            strategy=STRATEGIES["fsdp2"],
+            scope=PREDICTED,
+        )
 
 
 def test_a_wrong_recipe_is_a_usage_error() -> None:
