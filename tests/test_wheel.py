@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from accel_gpt2.render.accelerate import config_files
+
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
 def test_wheel_installs_elsewhere_and_works(tmp_path: Path) -> None:
-    """The wheel carries the vocabulary, the templates of reports, the launch scripts and the
-    licences, and its commands run from another directory."""
+    """The wheel carries the vocabulary, the templates of reports, the launch scripts and files and
+    the licences, and its commands run from another directory."""
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)],
         check=True,
@@ -28,6 +30,7 @@ def test_wheel_installs_elsewhere_and_works(tmp_path: Path) -> None:
         *(f"accel_gpt2/report/{name}.html.j2" for name in ("base", "parts", "run", "comparison")),
         "accel_gpt2/_launch/train.py",
         "accel_gpt2/_launch/evaluate.py",
+        *(f"accel_gpt2/_{name}" for name in config_files()),
         "licenses/LICENSE",
         "licenses/NOTICE",
     ):
@@ -54,6 +57,9 @@ def test_wheel_installs_elsewhere_and_works(tmp_path: Path) -> None:
 
     planned = call("train", "--dry-run", "--model", "gpt2-tiny", "--dataset", "docstrings")
     assert str(site / "accel_gpt2" / "_launch" / "train.py") in planned
+    assert f"--config_file={site}/accel_gpt2/_accelerate_configs/single.yaml" in planned
+    assert str(site / "accel_gpt2" / "_launch" / "train.py") in call("configs", "copy", "mine")
+    assert all((elsewhere / "mine" / name).is_file() for name in config_files())
     check = (
         "from accel_gpt2.data.tokenizer import load_gpt2_tokenizer as t; import accel_gpt2;"
         "print(accel_gpt2.__file__, t().encode(['Hello world'], 9)[0].token_ids.tolist())"

@@ -1,5 +1,6 @@
 """`configs`: the files that `accelerate launch` reads, generated from the strategies' rows."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -43,7 +44,12 @@ def copy(
     debug: DebugOption = False,
 ) -> None:
     """Write the files into a directory, to launch with from here."""
+    from accel_gpt2.cli.launcher import shipped_file
+
     write_files(directory, named_from=directory.as_posix())
+    file = directory / "accelerate_configs" / "ddp.yaml"
+    words = ["accelerate", "launch", f"--config_file={file}", str(shipped_file("launch/train.py"))]
+    say(f"For instance: {shlex.join(words)}")
 
 
 def write_files(directory: Path, *, named_from: str) -> None:

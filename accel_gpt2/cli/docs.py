@@ -1,5 +1,6 @@
 """`docs/cli.md`, generated from --help: `python -m accel_gpt2.cli.docs > docs/cli.md`."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import typer
@@ -29,10 +30,17 @@ def cli_markdown() -> str:
     group: Any = typer.main.get_command(app)
     root = group.context_class(group, info_name="accel-gpt2", terminal_width=80)
     sections = [_section("accel-gpt2", group.get_help(root))]
-    for name, command in group.commands.items():
-        context = command.context_class(command, info_name=name, parent=root, terminal_width=80)
-        sections.append(_section(f"accel-gpt2 {name}", command.get_help(context)))
+    sections += _sections(group, root)
     return "\n".join([_HEADER, *sections])
+
+
+def _sections(group: Any, parent: Any) -> Iterator[str]:
+    """Of each command of a group, and of those that are groups themselves."""
+    for name, command in group.commands.items():
+        context = command.context_class(command, info_name=name, parent=parent, terminal_width=80)
+        yield _section(context.command_path, command.get_help(context))
+        if hasattr(command, "commands"):
+            yield from _sections(command, context)
 
 
 def _section(title: str, text: str) -> str:

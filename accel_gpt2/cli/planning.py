@@ -6,7 +6,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from accel_gpt2.catalog.models import MODELS, ModelSpec, ModelType
@@ -21,7 +21,6 @@ from accel_gpt2.plan.calibration import CALIBRATION_FILE, Calibration, read_reco
 from accel_gpt2.plan.candidates import RESULT_CHOICES, Preference
 from accel_gpt2.plan.data import DataStatistics, dataset_statistics
 from accel_gpt2.plan.memory import ByteRange, MemoryPlan, MemoryTerm, covers, plan_memory
-from accel_gpt2.plan.placement import PLACEMENTS, Placement
 from accel_gpt2.plan.search import Depth, RunPlan, plan_run, shortage
 from accel_gpt2.recipe import Layer, TrainRecipe, read_layer, resolve
 
@@ -143,7 +142,6 @@ def plan_here(
     prefer: Preference = "faithful",
     depth: Depth = "all",
     strategy: ShardingStrategy | None = None,
-    placements: Iterable[Placement] = tuple(PLACEMENTS),
 ) -> RunPlan | None:
     """The plan of what was given; None for a model whose shape is not known.
 
@@ -165,7 +163,6 @@ def plan_here(
             model=model,
             data=data,
             prefer=prefer,
-            placements=placements,
             strategy=strategy,
             scope="trained" if depth == "none" else "predicted",
             depth=depth,
@@ -177,7 +174,6 @@ def plan_here(
         model=model,
         data=data,
         prefer=prefer,
-        placements=placements,
         strategy=strategy,
         scope="trained",
         only_rounding=True,

@@ -29,7 +29,6 @@ from accel_gpt2.cli.launcher import (
     recorded_outcome,
     run_launch,
     starter,
-    stop_with_parent,
     training_launch,
     use_expandable_segments,
     use_nvidia_smi_order,
@@ -44,7 +43,8 @@ from accel_gpt2.cli.run_directory import (
 )
 from accel_gpt2.durable import write_text
 from accel_gpt2.errors import DoesNotFitError, ExitCode, StoppedEarly, UsageError, UserError
-from accel_gpt2.plan.placement import PLACEMENTS, Placement
+from accel_gpt2.parent import stop_with_parent
+from accel_gpt2.plan.placement import Placement
 from accel_gpt2.recipe import (
     FIELDS,
     Layer,
@@ -98,28 +98,16 @@ def choose(
 
     given = given_layers(options)
     asked = resolve(given)  # all complaints about what was typed, before looking around
-    own = _is_own_recipe(options.recipe_file, options.output_dir)
     hardware = detect()
     profile = choose_profile(asked.recipe.profile, hardware)
     # By what was asked for: what a plan chooses may be another choice tomorrow.
     run_directory = options.output_dir or default_run_directory(asked.recipe)
     strategy = launched or asked_strategy(options.strategy, profile)
-    if launched is not None and asked.recipe.placement in {"per-gpu", "concurrent"} and not own:
-        raise UsageError(
-            f"--placement {asked.recipe.placement} starts processes of its own: give "
-            f"`accel-gpt2 train --placement {asked.recipe.placement}`."
-        )
     resolved, plan = asked, None
     warnings: list[str] = []
-    if not own:
+    if not _is_own_recipe(options.recipe_file, options.output_dir):
         given = [*kept_choices(run_directory, profile, resume=options.resume), *given]
-        plan = plan_here(
-            given,
-            profile_here(profile, hardware),
-            depth="none",
-            strategy=strategy,
-            placements=tuple(PLACEMENTS) if launched is None else _IN_ONE_LAUNCH,
-        )
+        plan = plan_here(given, profile_here(profile, hardware), depth="none", strategy=strategy)
         resolved, warnings = _planned(plan, given, profile)
     option = None if plan is None else plan.recommended or plan.smallest
     if option is not None:
@@ -142,7 +130,7 @@ def choose(
     )
 
 
-# The others start processes of their own.
+# The others are launched as one process too, which starts one of its own for each model.
 _IN_ONE_LAUNCH: tuple[Placement, ...] = ("sequential", "shared-base")
 
 
@@ -215,11 +203,7 @@ def launch_training(options: TrainOptions, launcher: Launcher = run_launch) -> i
     choice = choose(options)
     _announce(choice, quiet=options.quiet)
     check_run_directory(choice.run_directory, choice.resolved.recipe, resume=options.resume)
-    if choice.placement not in _IN_ONE_LAUNCH:
-        from accel_gpt2.cli.placed import train_placed
-
-        return train_placed(choice, options, launcher)
-    launch = _launch(choice, options)
+    launch = planned_launch(choice, options)
     if options.dry_run:
         show_recipe(choice.resolved)
         say(f"$ {launch.line}", style="bold")
@@ -233,7 +217,8 @@ def launch_training(options: TrainOptions, launcher: Launcher = run_launch) -> i
         return launcher(launch)
 
 
-def _launch(choice: TrainChoice, options: TrainOptions) -> Launch:
+def planned_launch(choice: TrainChoice, options: TrainOptions) -> Launch:
+    """The command that trains what was chosen."""
     passed_on = [f"--resume={options.resume}"] if options.resume != "auto" else []
     passed_on += ["--quiet"] if options.quiet else []
     passed_on += ["--debug"] if options.debug else []
@@ -241,13 +226,9 @@ def _launch(choice: TrainChoice, options: TrainOptions) -> Launch:
         choice.run_directory,
         strategy=choice.strategy,
         num_cores=choice.hardware.num_cores,
-        num_processes=_num_processes(choice),
+        num_processes=1 if choice.strategy.backend == "none" else max(1, choice.profile.num_gpus),
         options=passed_on,
     )
-
-
-def _num_processes(choice: TrainChoice) -> int:
-    return 1 if choice.strategy.backend == "none" else max(1, choice.profile.num_gpus)
 
 
 def train_here(options: TrainOptions) -> None:
@@ -338,7 +319,13 @@ def _use_device(choice: TrainChoice) -> None:
             "--profile cpu."
         )
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size < choice.profile.num_gpus:
+    if world_size > 1:
+        from accel_gpt2.train.startup import avoid_broken_links
+
+        said = avoid_broken_links(os.environ)
+        if said is not None:
+            warn(said)
+    if world_size < choice.profile.num_gpus and choice.placement in _IN_ONE_LAUNCH:
         warn(
             f"Profile {choice.profile.name} has {choice.profile.num_gpus} GPUs, and the launcher "
             f"started {world_size} process(es): give `accelerate launch --config_file "

@@ -4,7 +4,7 @@ What `accelerate launch` was asked for is in the variables that it sets; no torc
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +191,24 @@ def _check_settings(accelerator: Any, environ: Mapping[str, str]) -> None:
         )
     if problems:
         raise UserError("\n".join(problems))
+
+
+_LINKS = ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE")
+
+
+def avoid_broken_links(environ: MutableMapping[str, str]) -> str | None:
+    """Have NCCL go through host memory where older drivers of the RTX 40 series hang or lie.
+
+    `accelerate launch` does so for what it starts; this is for other launchers. What the person has
+    set stays. Returns what is to be said, None where nothing is changed.
+    """
+    unset = [name for name in _LINKS if name not in environ]
+    from accelerate.utils.environment import check_cuda_p2p_ib_support  # PR 2195
+
+    if not unset or check_cuda_p2p_ib_support():
+        return None
+    environ.update(dict.fromkeys(unset, "1"))
+    return (
+        "NVIDIA drivers before 550.40.07 have RTX 40 cards exchange by ways that they have not: "
+        f"{' and '.join(f'{name}=1' for name in unset)} are set. A newer driver is faster."
+    )

@@ -1,9 +1,11 @@
 """Each way to spread a training says what it shards, once."""
 
+from typing import get_args
+
 import pytest
 
 from accel_gpt2.catalog.models import MODELS
-from accel_gpt2.catalog.strategies import STRATEGIES, ShardingStrategy
+from accel_gpt2.catalog.strategies import STRATEGIES, ShardingStrategy, StrategyName
 
 
 def test_the_strategies() -> None:
@@ -18,7 +20,9 @@ def test_the_strategies() -> None:
         "zero2_offload",
         "zero3_offload",
     ]
+    assert list(get_args(StrategyName)) == list(STRATEGIES)
     assert all(row.name == name and row.source for name, row in STRATEGIES.items())
+    assert len({row.title for row in STRATEGIES.values()}) == len(STRATEGIES)
     assert {name for name, row in STRATEGIES.items() if row.trained} == {"single", "ddp"}
 
 
@@ -43,3 +47,10 @@ def test_no_bucket_is_larger_than_a_small_model() -> None:
     sizes = {row.bucket_elements for row in STRATEGIES.values() if row.backend == "deepspeed"}
     assert sizes
     assert all(0 < size < MODELS["gpt2"].num_parameters / 10 for size in sizes)
+
+
+@pytest.mark.parametrize("row", STRATEGIES.values(), ids=STRATEGIES)
+def test_shares_take_two_and_host_memory_helps_one(row: ShardingStrategy) -> None:
+    """Spreading over GPUs alone does nothing on one of them."""
+    alone = row.name == "single" or row.offloads_optimizer
+    assert row.smallest_world_size == (1 if alone else 2)

@@ -50,7 +50,11 @@ def test_copies_can_be_launched_with_from_where_they_were_asked_for(
 ) -> None:
     """The YAML files name the JSON files by the path that was typed."""
     monkeypatch.chdir(tmp_path)
-    assert accel_gpt2("configs", "copy", "mine/launch").returncode == 0
+    ended = accel_gpt2("configs", "copy", "mine/launch")
+    assert ended.returncode == 0
+    assert (
+        "accelerate launch --config_file=mine/launch/accelerate_configs/ddp.yaml " in ended.stderr
+    )
     text = (tmp_path / "mine/launch/accelerate_configs/zero2.yaml").read_text("utf-8")
     assert "deepspeed_config_file: mine/launch/ds_configs/zero2.json\n" in text
     assert (tmp_path / "mine/launch/ds_configs/zero2.json").is_file()

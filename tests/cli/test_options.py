@@ -7,7 +7,12 @@ import typer
 from typer.testing import CliRunner
 
 from accel_gpt2.cli.errors import plain_app
-from accel_gpt2.cli.options import TrainOptions, command_line_layers, train_command
+from accel_gpt2.cli.options import (
+    TrainOptions,
+    command_line_layers,
+    train_command,
+    typed_words,
+)
 from accel_gpt2.errors import UsageError
 from accel_gpt2.recipe import Finetuning, Init, MixedPrecision, Optimizer, resolve
 
@@ -28,6 +33,14 @@ def typed(*arguments: str) -> TrainOptions:
 def test_nothing_typed_is_nothing_decided() -> None:
     """Options that were not given leave every recipe value to the layers below."""
     assert typed() == TrainOptions()
+
+
+def test_a_strategy_is_typed_and_typed_again() -> None:
+    """It belongs to a launch and is no recipe value; `plan` hands it on to `train`."""
+    given = typed("--strategy", "zero3", "--model", "gpt2-xl")
+    assert (given.strategy, len(given.layers)) == ("zero3", 1)
+    assert typed_words(given) == ["--model", "gpt2-xl", "--strategy", "zero3"]
+    assert typed_words(typed()) == []
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from accel_gpt2.catalog.strategies import STRATEGIES
 from accel_gpt2.cli.hardware import DetectedHardware
 from accel_gpt2.cli.launcher import Launch
-from accel_gpt2.cli.options import TrainOptions, command_line_layers
-from accel_gpt2.cli.train import choose, launch_training, show_recipe
+from accel_gpt2.cli.options import StrategyChoice, TrainOptions, command_line_layers
+from accel_gpt2.cli.train import (
+    choose,
+    launch_training,
+    planned_launch,
+    show_recipe,
+    train_here,
+)
 from accel_gpt2.errors import DoesNotFitError, UsageError, UserError
 from accel_gpt2.recipe import Layer, TrainRecipe, read_layer, resolve, to_yaml
 from tests.cli.conftest import SUPER, CommandLine, machine
@@ -160,6 +167,57 @@ def test_training_is_launched_with_the_one_file_that_it_reads(texts: Path, tmp_p
     # The launched process, reading that file, arrives at the very same recipe.
     own = options(recipe_file=run_directory / "recipe.yaml", output_dir=run_directory)
     assert choose(own).resolved.recipe == written
+
+
+@pytest.mark.parametrize(("strategy", "num_processes"), [("ddp", 2), ("single", 1)], ids=str)
+def test_the_strategy_that_is_asked_for_is_launched(
+    strategy: StrategyChoice, num_processes: int
+) -> None:
+    """With its file, and as many processes as the profile has GPUs, or one."""
+    given = dataclasses.replace(options(model="gpt2"), strategy=strategy)
+    choice = choose(given, detect=on(machine(SUPER, SUPER)))
+    assert (choice.strategy.name, choice.plan is not None) == (strategy, True)
+    argv = planned_launch(choice, given).argv
+    assert f"--strategy={strategy}" in argv
+    assert f"--num_processes={num_processes}" in argv
+    assert any(x.endswith(f"accelerate_configs/{strategy}.yaml") for x in argv)
+
+
+def test_a_strategy_for_several_gpus_needs_them() -> None:
+    """It is refused before anything is planned, with what to type."""
+    given = dataclasses.replace(options(model="gpt2"), strategy="ddp")
+    with pytest.raises(UsageError, match=r"--strategy ddp .* over 2 GPUs or more, and .* has 1: "):
+        choose(given, detect=on(machine(SUPER)))
+
+
+@pytest.mark.parametrize("launched", ["ddp", "single"])
+def test_a_launched_process_plans_for_what_it_was_launched_as(launched: str) -> None:
+    """Whatever would be better on this machine, it is no longer a choice."""
+    choice = choose(
+        options(model="gpt2", profile="2x-rtx4070ti", placement="sequential"),
+        detect=on(machine(SUPER, SUPER)),
+        launched=STRATEGIES[launched],
+    )
+    assert choice.strategy.name == launched
+    assert choice.plan is not None
+    assert choice.plan.recommended is not None
+    assert choice.plan.recommended.strategy.name == launched
+
+
+def test_a_launcher_that_started_something_else_is_found_out() -> None:
+    """What `accel-gpt2 train` passes on is held against what its launcher started."""
+    with pytest.raises(UsageError, match="zero3 is asked for, and this was launched as single: "):
+        train_here(dataclasses.replace(options(model="gpt2-tiny"), strategy="zero3"))
+
+
+def test_what_excludes_each_other_is_refused_before_loading() -> None:
+    """The reason, and the nearest that works."""
+    given = options(model="gpt2", placement="per-gpu", mixed_precision="bf16")
+    with pytest.raises(UsageError, match="cannot be trained"):
+        choose(
+            dataclasses.replace(given, strategy="ddp"),
+            detect=on(machine(SUPER, SUPER)),
+        )
 
 
 def test_the_trainers_code_is_the_commands_code(texts: Path, tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands import launch as accelerate_launch
+from accelerate.utils import environment as environment_of_gpus
 from accelerate.utils import launch as accelerate_environment
 
 from accel_gpt2.catalog.strategies import STRATEGIES
 from accel_gpt2.cli.configs import write_files
 from accel_gpt2.errors import UserError
-from accel_gpt2.train.startup import launched_strategy
+from accel_gpt2.train.startup import avoid_broken_links, launched_strategy
 
 
 @pytest.fixture(scope="module")
@@ -255,3 +256,31 @@ def test_what_runs_is_what_was_asked_for(
     assert len(said) == len(lines), heard[case]
     for got, wanted in zip(said, lines, strict=True):
         assert got.startswith(wanted), heard[case]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "count", "driver", "broken"),
+    [
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 2, "550.40.06", True),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 2, "550.40.07", False),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 1, "535.1", False),
+        ("NVIDIA GeForce RTX 3090", 2, "535.1", False),
+    ],
+)
+def test_links_are_left_alone_but_where_drivers_break_them(
+    monkeypatch: pytest.MonkeyPatch, gpu: str, count: int, driver: str, broken: bool
+) -> None:
+    """RTX 40 pairs under old drivers, and no others; what is set is said, what was set stays."""
+    monkeypatch.setattr(environment_of_gpus, "get_gpu_info", lambda: ([gpu] * count, count))
+    monkeypatch.setattr(environment_of_gpus, "get_driver_version", lambda: driver)
+    environ: dict[str, str] = {}
+    said = avoid_broken_links(environ)
+    both = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
+    assert environ == (both if broken else {})
+    assert (said is not None) == broken
+    if said is not None:
+        assert "NCCL_P2P_DISABLE=1 and NCCL_IB_DISABLE=1 are set" in said
+        assert avoid_broken_links(environ) is None
+        theirs = {"NCCL_P2P_DISABLE": "0"}
+        avoid_broken_links(theirs)
+        assert theirs == {"NCCL_P2P_DISABLE": "0", "NCCL_IB_DISABLE": "1"}
