@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 from accel_gpt2.classify.fit import fit
@@ -13,6 +14,16 @@ from accel_gpt2.train.stopping import StopRequest
 def train(resolved: ResolvedRecipe, run: Path) -> None:
     """The whole recipe."""
     fit(resolved, run, quiet=True)
+
+
+def train_each(trainings: Sequence[tuple[ResolvedRecipe, Path]]) -> None:
+    """One recipe after another, each into its own directory."""
+    for resolved, run in trainings:
+        try:
+            fit(resolved, run, quiet=True)
+        except Exception as error:
+            error.add_note(f"in {run}")
+            raise
 
 
 def train_until(resolved: ResolvedRecipe, run: Path, *, question: int, rank: int) -> int:
