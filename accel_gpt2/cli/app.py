@@ -8,6 +8,7 @@ import accel_gpt2
 from accel_gpt2.cli.bench import bench
 from accel_gpt2.cli.compare import compare
 from accel_gpt2.cli.configs import app as configs
+from accel_gpt2.cli.cost import app as cost
 from accel_gpt2.cli.demo import demo
 from accel_gpt2.cli.doctor import doctor
 from accel_gpt2.cli.errors import plain_app, run
@@ -51,6 +52,7 @@ app.command()(predict)
 app.command()(report)
 app.command()(compare)
 app.command()(export)
+app.add_typer(cost, name="cost")
 app.add_typer(configs, name="configs")
 app.command()(doctor)
 

@@ -5,7 +5,6 @@ A refresh is all or nothing: where one source fails or one price jumps, the copy
 
 import dataclasses
 import datetime
-import importlib.metadata
 import importlib.util
 import logging
 import math
@@ -30,7 +29,6 @@ from accel_gpt2.catalog.prices import (
     write_prices,
 )
 from accel_gpt2.catalog.providers import PROVIDERS
-from accel_gpt2.cloud.lambda_api import KEY_FILE, KEY_VARIABLE, LAMBDA_URL, find_key, instance_types
 from accel_gpt2.data.cache import cache_directory
 from accel_gpt2.durable import make_directory, write_failure, write_text
 from accel_gpt2.errors import UserError
@@ -292,7 +290,7 @@ def _price(offer: GpuPrice | None) -> float:
 def ask_lambda(
     today: datetime.date,
     *,
-    base_url: str = LAMBDA_URL,
+    base_url: str | None = None,
     timeout_seconds: float = _SOCKET_SECONDS,
 ) -> tuple[GpuPrice, ...]:
     """Lambda's own prices, of whatever it sells today whether or not one is free.
@@ -301,10 +299,19 @@ def ask_lambda(
         SourceNotSetUp: when there is no API key.
         UserError: when Lambda does not answer as its API describes.
     """
+    # Here and below: what speaks HTTP loads only when somebody is asked.
+    from accel_gpt2.cloud.lambda_api import (
+        KEY_FILE,
+        KEY_VARIABLE,
+        LAMBDA_URL,
+        find_key,
+        instance_types,
+    )
+
     key = find_key()
     if key is None:
         raise SourceNotSetUp(f"lambda needs an API key, in {KEY_VARIABLE} or {KEY_FILE}.")
-    found = instance_types(key, base_url=base_url, timeout_seconds=timeout_seconds)
+    found = instance_types(key, base_url=base_url or LAMBDA_URL, timeout_seconds=timeout_seconds)
     with _as_described("lambda"):
         return _cheapest(_lambda_offer(x["instance_type"], today) for x in found.values())
 
@@ -386,9 +393,11 @@ def ask_gpuhunt(today: datetime.date) -> tuple[GpuPrice, ...]:
     """
     if importlib.util.find_spec("gpuhunt") is None:
         raise SourceNotSetUp("gpuhunt is not installed: type pip install 'accel-gpt2[prices]'.")
+    from importlib.metadata import version
+
     import gpuhunt
 
-    source = f"gpuhunt {importlib.metadata.version('gpuhunt')}"
+    source = f"gpuhunt {version('gpuhunt')}"
     with _as_described("gpuhunt"), _impatient_sockets():
         catalog = gpuhunt.Catalog(balance_resources=False)
         items = catalog.query(provider=list(_GPUHUNT_PROVIDERS), min_gpu_count=1)

@@ -232,52 +232,50 @@ def local_cost(
 
 
 def recommend(ranked: Sequence[CostQuote], local: LocalCost | None) -> str:
-    """Where to train and why, in one sentence or two: the cheapest whose price is not stale.
+    """Where to train and why, in a sentence or two: for the least money at a price that is valid.
 
     `ranked` are offers for what was asked, cheapest first, at least one; `local` is None where
     there is no GPU here or the training does not fit.
     """
     best = next((x for x in ranked if x.freshness != "stale"), ranked[0])
-    rent = f"{_money(best.usd_total)} for {_machine(best)}"
-    if local is None:
-        reason = f"{rent} is the least among {len(ranked)} offers{_doubt(best, ranked)}"
-        return f"Rent from {best.provider_name}: {reason}."
-    here = f"{_money(local.usd_total)} of electricity in {format_seconds(local.run_seconds)}"
     rented_seconds = best.run_seconds + best.setup_seconds
-    saved = local.run_seconds - rented_seconds
-    if local.usd_total <= best.usd_total:
-        verdict = f"Train here, on the {local.name}: {here}, against {rent}"
-        if saved <= 0:
-            return f"{verdict} from {best.provider_name}, which would not be faster."
-        hourly = (best.usd_total - local.usd_total) / (saved / 3600)
-        return (
-            f"{verdict} from {best.provider_name} in {format_seconds(rented_seconds)}; each hour "
-            f"that renting saves costs {_money(hourly)}."
+    rent = f"{_money(best.usd_total)} for {_machine(best)} in {format_seconds(rented_seconds)}"
+    if local is None:
+        kind = "that are not stale" if best.freshness != "stale" else "that are known"
+        return f"Rent from {best.provider_name}: {rent}, the least of the prices {kind}." + _doubt(
+            best, ranked
         )
-    quicker = "faster and" if saved > 0 else "slower but"
-    return (
-        f"Rent from {best.provider_name}: {rent} in {format_seconds(rented_seconds)} is {quicker} "
-        f"cheaper than {here} here, on the {local.name}{_doubt(best, ranked)}."
-    )
+    here = f"{_money(local.usd_total)} of electricity in {format_seconds(local.run_seconds)}"
+    saved_seconds = local.run_seconds - rented_seconds
+    if local.usd_total > best.usd_total:
+        other = "sooner" if saved_seconds > 0 else "later"
+        return (
+            f"Rent from {best.provider_name}: {rent} is cheaper, and done {other}, than {here} on "
+            f"the {local.name} here.{_doubt(best, ranked)}"
+        )
+    verdict = f"Train here, on the {local.name}: {here}, against {rent} from {best.provider_name}"
+    if saved_seconds <= 0:
+        return f"{verdict}."
+    usd_per_hour = (best.usd_total - local.usd_total) / (saved_seconds / 3600)
+    return f"{verdict}; each hour that renting saves costs {_money(usd_per_hour)}."
 
 
 def _doubt(best: CostQuote, ranked: Sequence[CostQuote]) -> str:
-    """What to check first: the age of the price, or that of a cheaper one that was passed over."""
+    """What to look up first: this price if it is stale, or a cheaper one that was passed over."""
     if best.freshness == "stale":
-        return f", but its price is {best.age_days} days old: look it up first"
+        return f" That price is {best.age_days} days old: look it up first."
     if best is not ranked[0]:
         cheaper = ranked[0]
         return (
-            f" of which the price is not stale ({cheaper.provider_name} asked "
-            f"{_money(cheaper.usd_total)} {cheaper.age_days} days ago)"
+            f" {cheaper.provider_name} asked {_money(cheaper.usd_total)}, {cheaper.age_days} days "
+            "ago."
         )
     return ""
 
 
 def _machine(x: CostQuote) -> str:
-    count = f"{x.num_gpus} x " if x.num_gpus > 1 else ""
-    spot = ", spot" if x.pricing == "spot" else ""
-    return f"{count}{x.gpu}{spot}"
+    count = f"{x.num_gpus} x " if x.num_gpus > 1 else "a spot " if x.pricing == "spot" else "one "
+    return f"{count}{x.gpu}"
 
 
 def _money(usd: float) -> str:
@@ -298,6 +296,7 @@ class BreakEven:
 
     provider: str
     gpu: str
+    form_factor: FormFactor
     tier: str
     usd_per_hour: float
     hours: float
@@ -325,6 +324,7 @@ def break_even(
     return BreakEven(
         provider=offer.provider,
         gpu=offer.gpu,
+        form_factor=offer.form_factor,
         tier=offer.tier,
         usd_per_hour=offer.usd_per_gpu_hour,
         hours=hours,
