@@ -148,7 +148,7 @@ def cost(
         for name, need in needs.items()
     }
     pricing: Pricing = "spot" if spot else "on-demand"
-    today = datetime.date.today()
+    today = _today()
     exact, larger = _quotes(price_set, rentals, provider, today=today, pricing=pricing)
     here, here_recipe, here_note = None, None, None
     if layers is not None:
@@ -188,6 +188,10 @@ _UNUSED = {
 }
 
 app.callback(invoke_without_command=True)(with_train_options(cost, without=_UNUSED))
+
+
+def _today() -> datetime.date:
+    return datetime.date.today()
 
 
 def _price_set(name: PriceSetName) -> PriceSet:
@@ -458,7 +462,7 @@ def breakeven(
     )
     one_gpu = {name: Rental(run_seconds=3600) for name in variants}
     price_set = _price_set(prices)
-    today = datetime.date.today()
+    today = _today()
     exact, _ = _quotes(price_set, one_gpu, provider, today=today, pricing="on-demand")
     keys = {(x.provider, x.gpu, 1, x.tier) for x in exact}
     found = [
@@ -527,7 +531,7 @@ def refresh(
     say(f"Asking {', '.join(chosen)} ...")
     done = prices.refresh(
         {name: prices.SOURCES[name] for name in chosen},
-        today=datetime.date.today(),
+        today=_today(),
         accept_jumps=accept,
     )
     for reason in done.not_set_up:
