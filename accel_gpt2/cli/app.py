@@ -6,6 +6,7 @@ import typer
 
 import accel_gpt2
 from accel_gpt2.cli.bench import bench
+from accel_gpt2.cli.cloud import app as cloud
 from accel_gpt2.cli.compare import compare
 from accel_gpt2.cli.configs import app as configs
 from accel_gpt2.cli.cost import app as cost
@@ -53,6 +54,7 @@ app.command()(report)
 app.command()(compare)
 app.command()(export)
 app.add_typer(cost, name="cost")
+app.add_typer(cloud, name="cloud")
 app.add_typer(configs, name="configs")
 app.command()(doctor)
 

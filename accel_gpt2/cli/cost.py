@@ -290,7 +290,7 @@ def _plans(layers: "list[Layer]", gpus: Iterable[str], num_gpus: int) -> dict[st
     needs = {}
     reason = ""
     for gpu in gpus:
-        plan = plan_here(layers, _rented_profile(gpu, num_gpus), depth="none")
+        plan = plan_here(layers, rented_profile(gpu, num_gpus), depth="none")
         if plan is None:
             raise UsageError("The shape of this model is not known here: give --gpu and --hours.")
         if plan.recommended is None:
@@ -318,7 +318,7 @@ def _need(option: "Option", seconds: "SecondsRange", models: int) -> _Need:
     )
 
 
-def _rented_profile(gpu: str, num_gpus: int) -> HardwareProfile:
+def rented_profile(gpu: str, num_gpus: int) -> HardwareProfile:
     """A row where there is one, otherwise a machine made from the GPU's row."""
     spec = GPUS[gpu]
     same = [x for x in PROFILES.values() if x.gpu is spec]
