@@ -24,6 +24,7 @@ from accel_gpt2.train.optim import optimizer_state_bytes
 from accel_gpt2.train.progress import TrainProgress
 from accel_gpt2.train.quantized import num_weights
 from accel_gpt2.train.schedule import BatchSchedule
+from accel_gpt2.train.startup import launched_strategy
 from accel_gpt2.units import format_bytes, format_count
 from accel_gpt2.versions import installed_versions
 
@@ -154,6 +155,7 @@ def describe_environment() -> dict[str, object]:
         "gpus": ", ".join(gpus) or "none",
         "cuda": torch.version.cuda,
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "strategy": launched_strategy(os.environ).name,
         "accel-gpt2": accel_gpt2.__version__,
         **installed_versions(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -18,9 +18,19 @@ def launched_strategy(environ: Mapping[str, str]) -> ShardingStrategy:
     """The strategy that this process was launched with.
 
     Raises:
-        UserError: for what is no strategy of ours: it would train in another way than the plan
-            says, or its settings would have no effect.
+        UserError: for what is no strategy of ours, which would train in another way than the plan
+            says, and for one process that was launched as if it were several.
     """
+    if (
+        "ACCELERATE_MIXED_PRECISION" in environ  # which `accelerate launch` sets always
+        and "MASTER_PORT" in environ
+        and "WORLD_SIZE" not in environ
+    ):
+        raise UserError(
+            "The launcher was asked for several processes and started this one alone, as `--cpu` "
+            "and MULTI_CPU make it do: give `accelerate launch --config_file "
+            "accelerate_configs/cpu.yaml --num_processes N`, or unset MASTER_PORT for one process."
+        )
     for variable, what in _UNSUPPORTED.items():
         if _is_set(environ, variable):
             raise UserError(f"The launcher asks for {what}, which is not supported: {_USE_OURS}.")
@@ -125,16 +135,6 @@ _BACKENDS = {"NO": "none", "MULTI_CPU": "ddp", "MULTI_GPU": "ddp", "FSDP": "fsdp
 
 
 def _check_world_size(accelerator: Any, environ: Mapping[str, str]) -> None:
-    if (
-        "ACCELERATE_MIXED_PRECISION" in environ  # which `accelerate launch` sets always
-        and "MASTER_PORT" in environ
-        and "WORLD_SIZE" not in environ
-    ):
-        raise UserError(
-            "The launcher was asked for several processes and started this one alone, as `--cpu` "
-            "and MULTI_CPU make it do: give `accelerate launch --config_file "
-            "accelerate_configs/cpu.yaml --num_processes N`, or unset MASTER_PORT for one process."
-        )
     world_size = _world_size(environ)
     if accelerator.num_processes != world_size:
         raise UserError(

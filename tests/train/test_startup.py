@@ -16,6 +16,7 @@ from accelerate.utils import launch as accelerate_environment
 
 from accel_gpt2.catalog.strategies import STRATEGIES
 from accel_gpt2.cli.configs import write_files
+from accel_gpt2.cli.launcher import shipped_file
 from accel_gpt2.errors import UserError
 from accel_gpt2.train.startup import avoid_broken_links, launched_strategy
 
@@ -284,3 +285,51 @@ def test_links_are_left_alone_but_where_drivers_break_them(
         theirs = {"NCCL_P2P_DISABLE": "0"}
         avoid_broken_links(theirs)
         assert theirs == {"NCCL_P2P_DISABLE": "0", "NCCL_IB_DISABLE": "1"}
+
+
+def through_accelerate(*words: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    """`accelerate launch` itself, with `launch/train.py` and a small data set."""
+    (cwd / "texts").mkdir()
+    for split in ("train", "test"):
+        rows = [f"{text} {i} in {split},{label}" for i in range(20) for text, label in TEXTS]
+        (cwd / "texts" / f"{split}.csv").write_text(
+            "\n".join(["text,label", *rows]) + "\n", "utf-8"
+        )
+    script = shipped_file("launch/train.py").absolute()
+    given = ["--model=gpt2-tiny", "--dataset=texts", "--max-steps=1", "--output-dir=run", "--quiet"]
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
+    return subprocess.run(
+        [*accelerate, "launch", *words, str(script), *given],
+        cwd=cwd,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+TEXTS = (("apples and pears", "fruit"), ("hammer and nails", "tools"))
+
+
+@pytest.mark.slow
+def test_one_process_in_place_of_two_trains_nothing(tmp_path: Path) -> None:
+    """The real command ends with a failure, our sentence and no run directory; without us it would
+    train on one process and end with 0."""
+    ended = through_accelerate("--cpu", "--num_processes=2", cwd=tmp_path)
+    assert ended.returncode != 0
+    assert "asked for several processes and started this one alone" in ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_file_alone_chooses_the_strategy(tmp_path: Path) -> None:
+    """The real command with our file, copied as a person copies it: DeepSpeed shards, on two
+    processes, and each class has a model at the end."""
+    write_files(tmp_path, named_from=".")
+    ended = through_accelerate("--config_file=accelerate_configs/zero3.yaml", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    ran = json.loads((tmp_path / "run" / "environment.json").read_text("utf-8"))
+    assert (ran["world_size"], ran["strategy"]) == (2, "zero3")
+    for name in ("class-0-fruit", "class-1-tools"):
+        assert (tmp_path / "run" / name / "final" / "model.safetensors").stat().st_size > 10**6
