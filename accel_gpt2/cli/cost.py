@@ -447,7 +447,7 @@ def breakeven(
     if price_usd is None:
         row = PURCHASE_PRICES.get(gpu)
         if row is None:
-            raise UsageError(f"What does a {gpu} cost? Give --price-usd, as in --price-usd 9000.")
+            raise UsageError(f"What does the {gpu} cost? Give --price-usd, as in --price-usd 9000.")
         price_usd = (row.low_usd + row.high_usd) / 2
         say(
             f"--price-usd {price_usd:,.0f}: the middle of ${row.low_usd:,.0f} to "
