@@ -20,8 +20,8 @@ _Directory = Annotated[
 
 
 @app.callback()
-def configs() -> None:
-    """Launch files: accelerate_configs/*.yaml and ds_configs/*.json, one for each strategy."""
+def configs(debug: DebugOption = False) -> None:
+    """Write and check the launch files, one for each strategy."""
 
 
 @app.command()

@@ -26,7 +26,11 @@ VERBS = (
     "predict",
     "report",
     "compare",
+    "export",
     "doctor",
+    "cost",
+    "cloud",
+    "configs",
 )
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "numpy", "sklearn", "matplotlib")
 
