@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_wheel_installs_elsewhere_and_works(tmp_path: Path) -> None:
-    """The wheel carries the vocabulary, the templates of reports, the launch scripts and files and
-    the licences, and its commands run from another directory."""
+    """The wheel carries the vocabulary, the prices, the templates of reports, the launch scripts
+    and files and the licences, and its commands run from another directory."""
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)],
         check=True,
@@ -27,6 +27,8 @@ def test_wheel_installs_elsewhere_and_works(tmp_path: Path) -> None:
     for end in (
         "accel_gpt2/data/gpt2_vocabulary/vocab.json",
         "accel_gpt2/data/gpt2_vocabulary/merges.txt",
+        "accel_gpt2/catalog/prices.csv",
+        "accel_gpt2/catalog/prices_seed_2025.csv",
         *(f"accel_gpt2/report/{name}.html.j2" for name in ("base", "parts", "run", "comparison")),
         "accel_gpt2/_launch/train.py",
         "accel_gpt2/_launch/evaluate.py",
