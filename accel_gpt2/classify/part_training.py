@@ -278,7 +278,10 @@ class RunTraining:
     def finish(self, part: Part, job: ClassTraining, state: TrainState) -> None:
         """Publish the best checkpoint of a trained part as what transformers or peft loads."""
         model = job.model
-        if current_strategy(self.accelerator).shards_parameters and self._is_first:
+        strategy = current_strategy(self.accelerator)
+        # DeepSpeed leaves weights in flat buffers of its own, and with bf16 rounded.
+        reshaped = strategy.shards_parameters or strategy.backend == "deepspeed"
+        if reshaped and self._is_first:
             model = self.build_model()  # a whole one, in host memory
         publish = partial(_publish_finals, self.data, job, model, part.finals, state)
         on_first_process(self.accelerator, publish)

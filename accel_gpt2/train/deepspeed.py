@@ -48,6 +48,10 @@ class DeepSpeedBackend(Backend):
         self._by_name = {name: trained[tensor.data_ptr()] for name, tensor in weights.items()}
         optimizer = build_optimizer(model, recipe)
         self._in_order = [p for group in optimizer.param_groups for p in group["params"]]
+        self._shapes = {parameter: parameter.shape for parameter in self._in_order}
+        for parameter in self._in_order:
+            # DeepSpeed sends bytes, and there is no view of a scalar as bytes.
+            parameter.data = parameter.data.reshape(parameter.shape or (1,))
         self._indices = [group["params"] for group in optimizer.state_dict()["param_groups"]]
         self.model, self.optimizer, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config
@@ -222,7 +226,7 @@ class DeepSpeedBackend(Backend):
             else:
                 whole = safe_get_full_optimizer_state(parameter, moment)
             if self._rank == 0:
-                gathered[key] = whole.to("cpu", copy=True)
+                gathered[key] = whole.reshape(self._shapes[parameter]).to("cpu", copy=True)
         return gathered
 
     @torch.no_grad()

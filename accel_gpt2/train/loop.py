@@ -280,7 +280,7 @@ def train_steps(
                 accelerator=accelerator,
                 on_batch=on_batch,
             )
-        validation = plain_model.validation(scores, job.validation, job.own_validation)
+            validation = plain_model.validation(scores, job.validation, job.own_validation)
         if not math.isfinite(validation.loss_bits):
             finite = np.isfinite(scores.reshape(len(scores), -1).sum(axis=1))
             broken = [i for i in job.own_validation if not finite[i]]

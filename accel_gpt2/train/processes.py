@@ -111,8 +111,12 @@ def _say_that_fsdp2_can_be(group: Any) -> None:
 
 def _quiet_deepspeed() -> None:
     """Its log goes to stderr, from errors up: stdout is for results."""
+    import warnings
+
     from deepspeed.utils import logger
 
+    # Two collectives that it calls have new names.
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
     logger.setLevel(logging.ERROR)
     for handler in logger.handlers:
         if isinstance(handler, logging.StreamHandler):
