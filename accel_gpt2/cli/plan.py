@@ -124,6 +124,6 @@ def _words(options: TrainOptions, made: "RunPlan") -> list[str]:
     if made.prefer == "faithful" or made.recommended is None:
         return words
     recipe, origins = made.recommended.recipe, made.asked.origins
-    free = [key for key in CHOICES if origins[key] == "default"]
-    chosen = " ".join(typed_option(key, getattr(recipe, key)) for key in free)
+    free = {key: getattr(recipe, key) for key in CHOICES if origins[key] == "default"}
+    chosen = " ".join(typed_option(key, x) for key, x in free.items() if x is not None)
     return [*words, *chosen.split()]

@@ -1,8 +1,9 @@
 """What a search chooses among: recipes by faithfulness, ways to cut their steps, and ways to spread
 them over GPUs."""
 
+import bisect
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal
 
@@ -18,7 +19,7 @@ Preference = Literal["faithful", "speed", "memory", "quality"]
 
 # The first three change the result; the others change how its steps are cut.
 RESULT_CHOICES = ("finetuning", "mixed_precision", "optimizer")
-RUN_CHOICES = ("gradient_checkpointing", "micro_batch_tokens")
+RUN_CHOICES = ("gradient_checkpointing", "checkpointed_layers", "micro_batch_tokens")
 CHOICES = (*RESULT_CHOICES, *RUN_CHOICES)
 
 # The recipe's own default, which is enough to keep a CPU or a small model busy.
@@ -33,7 +34,13 @@ _WORDS: Mapping[str, Mapping[object, str]] = MappingProxyType(
             "bf16": "bf16",
             "pure_bf16": "pure bf16",
         },
-        "optimizer": {"adamw": "AdamW", "adamw_8bit": "8-bit AdamW", "adafactor": "Adafactor"},
+        "optimizer": {
+            "adamw": "AdamW",
+            "adamw_8bit": "8-bit AdamW",
+            "adamw_paged": "paged AdamW",
+            "adamw_8bit_paged": "paged 8-bit AdamW",
+            "adafactor": "Adafactor",
+        },
     }
 )
 
@@ -54,7 +61,12 @@ def describe_recipe(recipe: TrainRecipe) -> str:
     'LoRA, fp32, AdamW, checkpointing'
     """
     said = describe_choice({key: getattr(recipe, key) for key in RESULT_CHOICES})
-    return f"{said}, checkpointing" if recipe.gradient_checkpointing else said
+    if not recipe.gradient_checkpointing:
+        return said
+    if recipe.checkpointed_layers is None:
+        return f"{said}, checkpointing"
+    blocks = "1 block" if recipe.checkpointed_layers == 1 else f"{recipe.checkpointed_layers} blocks"
+    return f"{said}, {blocks} checkpointed"
 
 
 def pinned(layers: Sequence[Layer]) -> dict[str, object]:
@@ -175,6 +187,8 @@ def cuts(
     origins = {**resolved.origins, **dict.fromkeys(free, plan_origin(profile))}
     recipe = resolved.recipe
     checkpointing = [False, True] if "gradient_checkpointing" in free else []
+    if "checkpointed_layers" in given:
+        checkpointing = []
     micro_batches: Sequence[int] = ()
     if "micro_batch_tokens" in free:
         micro_batches = micro_batch_candidates(
@@ -188,6 +202,35 @@ def cuts(
                 micro_batch_tokens=micro_batch_tokens,
             )
             yield ResolvedRecipe(recipe=cut, origins=origins)
+
+
+def fewest_checkpointed(
+    whole: TrainRecipe, n_layer: int, fits: Callable[[TrainRecipe], bool]
+) -> TrainRecipe | None:
+    """A recipe with only as many of its blocks checkpointed as make it fit: the rest is faster.
+
+    A step's memory falls from one such number to the next, so it takes log2(n_layer) questions.
+
+    Args:
+        whole: fits with all blocks checkpointed, and not with none.
+        fits: whether a recipe does.
+
+    Returns:
+        None where all blocks have to be.
+
+    >>> recipe = TrainRecipe(gradient_checkpointing=True)
+    >>> fewest = fewest_checkpointed(recipe, 12, lambda cut: cut.checkpointed_layers >= 5)
+    >>> fewest.checkpointed_layers
+    5
+    >>> fewest_checkpointed(recipe, 12, lambda cut: False)
+    """
+
+    def cut(count: int) -> TrainRecipe:
+        return dataclasses.replace(whole, checkpointed_layers=count)
+
+    counts = range(1, n_layer)
+    count = 1 + bisect.bisect_left(counts, True, key=lambda x: fits(cut(x)))
+    return cut(count) if count < n_layer else None
 
 
 def micro_batch_candidates(

@@ -6,7 +6,8 @@ of the recipe, so that every machine trains the same model.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -20,13 +21,14 @@ from accel_gpt2.plan.candidates import (
     Preference,
     cuts,
     describe_recipe,
+    fewest_checkpointed,
     levels,
     pinned,
     plan_origin,
     spreads,
 )
 from accel_gpt2.plan.data import DataStatistics, dataset_statistics
-from accel_gpt2.plan.memory import ByteRange, MemoryPlan, Verdict, plan_memory
+from accel_gpt2.plan.memory import ByteRange, MemoryPlan, Verdict, covers, plan_memory
 from accel_gpt2.plan.placement import (
     PLACEMENTS,
     Placement,
@@ -379,7 +381,7 @@ def _candidates(
             continue
         longest_tokens = min(data.longest_tokens, level.resolved.recipe.max_length)
         cut = list(cuts(level.resolved, layers, profile, longest_tokens=longest_tokens))
-        plans: dict[tuple[str, TrainRecipe], tuple[MemoryPlan, TimePlan | None]] = {}
+        plans: _Plans = {}
         for strategy, placement in spreads(
             level.resolved.recipe,
             profile,
@@ -395,18 +397,78 @@ def _candidates(
                 spread = strategy.name if placement == "sequential" else placement
                 refuse(f"{level.label}, {spread}", refused_for.reason, trained=runs)
                 continue
-            for resolved in cut:
-                key = strategy.name, resolved.recipe
-                if key not in plans:  # placements share them
-                    plans[key] = _plans(resolved.recipe, strategy, longest_tokens, situation)
-                memory, time = plans[key]
-                options.append(
-                    _option(resolved, number, strategy, placement, memory, time, situation)
+            planned = functools.partial(
+                _planned,
+                level=number,
+                strategy=strategy,
+                placement=placement,
+                longest_tokens=longest_tokens,
+                situation=situation,
+                plans=plans,
+            )
+            found = [planned(resolved) for resolved in cut]
+            options += found
+            if "checkpointed_layers" not in pinned(layers):
+                options += _partly_checkpointed(
+                    list(zip(cut, found, strict=True)), planned, situation.model
                 )
         fitted = situation.prefer in _FAITHFUL and _best(options, situation) is not None
         if fitted and situation.depth == "none":
             break
     return options, refused
+
+
+# Of one level, by strategy and recipe: placements share them.
+_Plans = dict[tuple[str, TrainRecipe], tuple[MemoryPlan, TimePlan | None]]
+
+
+def _planned(
+    resolved: ResolvedRecipe,
+    *,
+    level: int,
+    strategy: ShardingStrategy,
+    placement: Placement,
+    longest_tokens: int,
+    situation: _Situation,
+    plans: _Plans,
+) -> Option:
+    key = strategy.name, resolved.recipe
+    if key not in plans:
+        plans[key] = _plans(resolved.recipe, strategy, longest_tokens, situation)
+    memory, time = plans[key]
+    return _option(resolved, level, strategy, placement, memory, time, situation)
+
+
+def _partly_checkpointed(
+    whole_or_none: Sequence[tuple[ResolvedRecipe, Option]],
+    planned: Callable[[ResolvedRecipe], Option],
+    model: ModelSpec,
+) -> Iterator[Option]:
+    """For each micro batch that fits with all blocks checkpointed and not with none, the option
+    with as few as fit."""
+    verdicts = {
+        (x.gradient_checkpointing, x.micro_batch_tokens): option.verdict
+        for x, option in ((resolved.recipe, option) for resolved, option in whole_or_none)
+    }
+    for resolved, _ in whole_or_none:
+        recipe = resolved.recipe
+        both = [verdicts.get((choice, recipe.micro_batch_tokens)) for choice in (False, True)]
+        if (
+            not recipe.gradient_checkpointing
+            or both[0] in {None, "fits"}
+            or both[1] != "fits"
+            or not covers(recipe, model)  # a trace of each number would take seconds
+        ):
+            continue
+
+        def option(cut: TrainRecipe, like: ResolvedRecipe = resolved) -> Option:
+            return planned(dataclasses.replace(like, recipe=cut))
+
+        fewest = fewest_checkpointed(
+            recipe, model.n_layer, lambda cut: option(cut).verdict == "fits"
+        )
+        if fewest is not None:
+            yield option(fewest)
 
 
 def _plans(
@@ -524,7 +586,9 @@ def _rank(option: Option, prefer: Preference) -> tuple[float, ...]:
 def _slowness(option: Option) -> tuple[float, ...]:
     """Where a GPU's speed is unknown, larger micro batches without recomputation are faster."""
     seconds = 0.0 if option.time is None else option.time.total.expected * option.time_share
-    recomputes = option.recipe.gradient_checkpointing
+    recomputes = 0.0
+    if option.recipe.gradient_checkpointing:
+        recomputes = option.recipe.checkpointed_layers or math.inf
     return seconds, recomputes, -option.recipe.micro_batch_tokens
 
 
@@ -669,8 +733,8 @@ def typed_option(key: str, value: object) -> str:
     >>> typed_option("gradient_checkpointing", False), typed_option("micro_batch_tokens", 1024)
     ('--no-gradient-checkpointing', '--set micro_batch_tokens=1024')
     """
-    if key == "micro_batch_tokens":
-        return f"--set {key}={value}"
+    if key in {"micro_batch_tokens", "checkpointed_layers"}:
+        return f"--set {key}={'none' if value is None else value}"
     name = key.replace("_", "-")
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"

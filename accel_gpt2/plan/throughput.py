@@ -98,7 +98,10 @@ _HOST_SECONDS_PER_LAYER = 1.1e-3
 # Accelerate's overhead (0.55 ms), clipping, the optimizer's launches, one wait for the device.
 _HOST_SECONDS_PER_STEP = 2e-3
 # bitsandbytes launches a kernel per tensor, torch's Adafactor some fifteen.
-_HOST_SECONDS_PER_TENSOR = {"adamw": 0.0, "adamw_8bit": 5e-5, "adafactor": 2e-4}
+_HOST_SECONDS_PER_TENSOR = {
+    "adamw": 0.0, "adamw_8bit": 5e-5, "adamw_paged": 5e-5, "adamw_8bit_paged": 5e-5,
+    "adafactor": 2e-4,
+}  # fmt: skip
 _TENSORS_PER_LAYER = 12
 
 # Fitted to gpt2-tiny and gpt2-mini on one core of a server (docs/benchmarks,
@@ -159,7 +162,12 @@ _ADDED_BYTES = {"no": 12, "fp16": 12, "bf16": 12, "pure_bf16": 6}
 # What a step moves, bytes per trained weight. The norm reads a gradient, clipping scales it (12);
 # fused AdamW reads four fp32 numbers and writes three (28).
 _CLIP_BYTES = {"no": 12, "fp16": 12, "bf16": 12, "pure_bf16": 6}
-_UPDATE_BYTES = {"adamw": 28, "adamw_8bit": 16, "adafactor": 40}
+_UPDATE_BYTES = {
+    "adamw": 28, "adamw_8bit": 16, "adamw_paged": 28, "adamw_8bit_paged": 16, "adafactor": 40,
+}  # fmt: skip
+# DoRA adds a matrix to each frozen one and takes the norms of its rows, in every forward pass:
+# the product written, a multiple of it, the sum, and what they are read for.
+_DORA_BYTES = 36
 _PURE_BF16_UPDATE_BYTES = 60  # train/bf16.py: chunks in fp32, rounded by a random number each
 
 # Bytes per second between GPUs and between a GPU and its host, in one direction. PCIe 4.0 x16
@@ -352,7 +360,9 @@ def _step_terms(
     # Of r x (in + out) weights at each of the four projections: 16 r d for each block.
     adapter = 2.0 * 16 * recipe.lora_rank * model.n_embd * model.n_layer if adapters else 0.0
     times = 2 if adapters else 3  # forward and one or both halves of backward
-    again = 1 if recipe.gradient_checkpointing else 0
+    again = 0.0
+    if recipe.gradient_checkpointing:
+        again = (recipe.checkpointed_layers or model.n_layer) / model.n_layer
 
     def products(tokens: float, flops: float) -> float:
         return matmul_seconds(tokens, flops, model.n_embd, device)
@@ -379,6 +389,8 @@ def _step_terms(
     weight_bytes += trained * (
         _GRADIENT_BYTES[precision] * count + _ADDED_BYTES[precision] * (count - 1)
     )
+    if recipe.use_dora:
+        weight_bytes += 12 * model.n_embd**2 * model.n_layer * _DORA_BYTES * (1 + again) * count
     weights_seconds = weight_bytes / device.bytes_per_second
 
     layers = model.n_layer * passes
@@ -408,6 +420,10 @@ def _step_terms(
         optimizer_seconds = (
             trained * update / _HOST_BYTES_PER_SECOND + moved / _HOST_LINK_BYTES_PER_SECOND
         )
+    if OPTIMIZERS[recipe.optimizer].paged_tensor_elements and not adapters:
+        # Where a page has no room it goes to the host and comes back: at worst all of them.
+        moved = 2 * trained * OPTIMIZERS[recipe.optimizer].state_bytes_per_parameter
+        optimizer_seconds += moved / _HOST_LINK_BYTES_PER_SECOND
     exchange_seconds = _exchange_seconds(
         strategy, interconnect, num_parameters, trained, precision, count, world_size, busy
     )
