@@ -64,8 +64,8 @@ class TrainChoice:
     """Everything that is decided before anything is loaded.
 
     `strategy` is how one model is spread over the processes of a launch, `placement` how the models
-    of the classes share the machine. `plan` is None for a recipe that was resolved before, and for
-    a model of unknown shape.
+    of the classes share the machine. `plan` is None where a launched process reads its run's own
+    recipe, and for a model of unknown shape.
     """
 
     resolved: ResolvedRecipe
@@ -109,13 +109,16 @@ def choose(
         given = [*kept_choices(run_directory, profile, resume=options.resume), *given]
         plan = plan_here(given, profile_here(profile, hardware), depth="none", strategy=strategy)
         resolved, warnings = _planned(plan, given, profile)
+    elif strategy is None:  # which is all that a run's own recipe leaves open
+        plan = plan_here(given, profile_here(profile, hardware), depth="none")
+    placement = resolved.recipe.placement
+    placement = "sequential" if placement == "auto" else placement
     option = None if plan is None else plan.recommended or plan.smallest
     if option is not None:
         strategy = option.strategy
     elif strategy is None:
-        strategy = STRATEGIES["ddp" if profile.num_gpus > 1 else "single"]
-    placement = resolved.recipe.placement
-    placement = "sequential" if placement == "auto" else placement
+        spread = profile.num_gpus > 1 and placement == "sequential"
+        strategy = STRATEGIES["ddp" if spread else "single"]
     check_supported(resolved.recipe, strategy, placement)
     precision = resolved.recipe.mixed_precision
     return TrainChoice(

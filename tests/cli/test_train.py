@@ -26,7 +26,7 @@ from accel_gpt2.cli.train import (
     train_here,
 )
 from accel_gpt2.errors import DoesNotFitError, UsageError, UserError
-from accel_gpt2.recipe import Layer, TrainRecipe, read_layer, resolve, to_yaml
+from accel_gpt2.recipe import Layer, PlacementChoice, TrainRecipe, read_layer, resolve, to_yaml
 from tests.cli.conftest import SUPER, CommandLine, machine
 
 
@@ -147,6 +147,20 @@ def test_a_runs_own_recipe_is_not_changed_by_the_environment(
     assert choose(own, detect=on(machine(SUPER))).resolved.recipe == recipe
     elsewhere = options(recipe_file=tmp_path / "recipe.yaml", output_dir=tmp_path / "other")
     assert choose(elsewhere, detect=on(machine(SUPER))).resolved.recipe.seed == 3
+
+
+@pytest.mark.parametrize(("placement", "is_spread"), [("per-gpu", False), ("sequential", True)])
+def test_a_runs_own_recipe_leaves_the_strategy_open(
+    tmp_path: Path, placement: PlacementChoice, is_spread: bool
+) -> None:
+    """It belongs to the launch: another machine goes on with the run in its own way."""
+    recipe = dataclasses.replace(TrainRecipe(), placement=placement, mixed_precision="bf16")
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe), "utf-8")
+    own = options(recipe_file=tmp_path / "recipe.yaml", output_dir=tmp_path)
+    choice = choose(own, detect=on(machine(SUPER, SUPER)))
+    assert choice.resolved.recipe == recipe
+    assert choice.placement == placement
+    assert (choice.strategy.backend != "none") == is_spread
 
 
 def test_training_is_launched_with_the_one_file_that_it_reads(texts: Path, tmp_path: Path) -> None:
