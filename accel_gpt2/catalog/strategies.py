@@ -79,6 +79,7 @@ _ROWS = (
         shards_parameters=True,
         shards_gradients=True,
         shards_optimizer=True,
+        trained=True,
         source="torch.distributed.fsdp.fully_shard on every block, resharded after forward",
     ),
     ShardingStrategy(

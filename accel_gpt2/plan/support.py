@@ -47,6 +47,21 @@ _RULES: Sequence[tuple[_Applies, str, str]] = (
     ),
     (
         lambda recipe, strategy, placement: (
+            strategy.backend == "fsdp2" and recipe.optimizer == "adafactor"
+        ),
+        "torch's Adafactor takes norms of rows and columns in place, which FSDP2's DTensors do not "
+        "allow",
+        "--optimizer adamw or --strategy ddp",
+    ),
+    (
+        lambda recipe, strategy, placement: (
+            strategy.backend == "fsdp2" and recipe.objective == "hybrid"
+        ),
+        "FSDP2 shards no scalar, and a hybrid learns one",
+        "--strategy ddp",
+    ),
+    (
+        lambda recipe, strategy, placement: (
             strategy.backend == "deepspeed" and recipe.mixed_precision == "pure_bf16"
         ),
         "DeepSpeed keeps fp32 weights of its own beside bf16 ones",

@@ -1,5 +1,6 @@
 """What the ranks of a test do with a sharded model itself, below a whole training."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def _elements(tensors: Any) -> int:
 def scores_of(
     recipe: TrainRecipe, lengths: list[int]
 ) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
-    """Scores by a model that is sharded where the strategy does that, and its weights after it."""
+    """Scores by a model that is sharded where the strategy does that, and its weights, gathered as
+    by a save that a signal asks for within an evaluation."""
     accelerator = build_accelerator(recipe)
     model = build_model(recipe, vocab_size=300, eos_token_id=0)
     backend = build_backend(accelerator, model, recipe)
@@ -61,7 +63,7 @@ def scores_of(
         scores = score_documents(
             model, Documents(lengths), micro_batch_tokens=64, accelerator=accelerator
         )
-    return scores, backend.gathered_weights()
+        return scores, backend.gathered_weights()
 
 
 def train_with_less_memory(resolved: ResolvedRecipe, run: Path, *, tokens: int, rank: int) -> None:
@@ -75,3 +77,32 @@ def train_with_less_memory(resolved: ResolvedRecipe, run: Path, *, tokens: int, 
 
     GPT2MLP.forward = limited  # type: ignore[method-assign]
     fit(resolved, run, quiet=True)
+
+
+def steps_with_an_overflow(recipe: TrainRecipe, rank: int) -> list[tuple[float, float, bool]]:
+    """Three steps under fp16's loss scaler, where a gradient of one rank overflows in the second:
+    the gradients' norm, the scale after the step, and whether this rank's weights changed."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    accelerator = build_accelerator(recipe)
+    model = build_model(recipe, vocab_size=300, eos_token_id=0)
+    backend = build_backend(accelerator, model, recipe)
+    accelerator.scaler = backend.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    backend.optimizer = AcceleratedOptimizer(
+        backend.optimizer.optimizer, device_placement=False, scaler=backend.scaler
+    )
+    arrays = model.collate([Documents([20]).document(0)], np.zeros(1, dtype=np.int64), epoch=0)
+    found = []
+    for number in range(3):
+        backend.run(to_device(arrays, accelerator.device), scale=1.0, last=True)
+        if number == 1 and accelerator.process_index == rank:
+            next(model.parameters()).grad.to_local()[0, 0] = math.inf
+        norm = backend.clip_grad_norm(1.0)
+        before = [parameter.clone() for parameter in backend.parameters]
+        backend.step() if math.isfinite(norm) else backend.skip()
+        backend.zero_grad()
+        changed = any(
+            not torch.equal(old, new) for old, new in zip(before, backend.parameters, strict=True)
+        )
+        found.append((norm, backend.scaler.get_scale(), changed))
+    return found

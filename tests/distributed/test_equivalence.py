@@ -1,6 +1,8 @@
 """Every strategy trains the model that one process trains: two processes, gloo, fp32."""
 
+import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from functools import partial
@@ -23,7 +25,7 @@ from accel_gpt2.train.schedule import BatchSchedule
 from tests.conftest import write_texts
 
 from .harness import run
-from .sharding import held, scores_of, train_with_less_memory
+from .sharding import held, scores_of, steps_with_an_overflow, train_with_less_memory
 from .trainings import train, train_until
 
 RTOL = 1e-5
@@ -235,13 +237,21 @@ def test_each_process_holds_its_share() -> None:
 
 @pytest.mark.parametrize("lengths", [[9], [60, 50, 40, 30, 20]])
 def test_a_rank_without_a_document_takes_part(lengths: list[int]) -> None:
-    """Each document is scored once on whatever rank, and the weights are shards again after it."""
+    """Each document is scored once on whatever rank; and a save is whole on the first alone."""
     ((expected, weights),) = run("single", 1, scores_of, _SHAPE, lengths)
     first, second = run("fsdp2", 2, scores_of, _SHAPE, lengths)
     np.testing.assert_allclose(first[0], expected, rtol=1e-6)
     np.testing.assert_array_equal(first[0], second[0])
     torch.testing.assert_close(first[1], weights, rtol=0, atol=0)
     assert second[1] == {}
+
+
+def test_weights_are_saved_in_fp32_in_the_middle_of_a_pass_in_bf16() -> None:
+    """What blocks compute with is rounded; what is saved is not."""
+    recipe = dataclasses.replace(_SHAPE, mixed_precision="bf16")
+    ((_, weights),) = run("single", 1, scores_of, recipe, [9])
+    (_, saved), _ = run("fsdp2", 2, scores_of, recipe, [9])
+    torch.testing.assert_close(saved, weights, rtol=0, atol=0)
 
 
 def test_memory_that_runs_out_within_a_block_halves_on_both(runs: Runs) -> None:
@@ -251,3 +261,11 @@ def test_memory_that_runs_out_within_a_block_halves_on_both(runs: Runs) -> None:
     used = yaml.safe_load((directory / "recipe.yaml").read_text())
     assert used["micro_batch_tokens"] <= 70
     assert_alike(directory, runs.alone("full"))
+
+
+def test_an_overflow_on_one_rank_keeps_all_from_stepping() -> None:
+    """fp16's scaler and the norm see all shards, so the ranks stay together; then it goes on."""
+    first, second = run("fsdp2", 2, steps_with_an_overflow, _SHAPE, 1)
+    assert first == second
+    assert [(scale, changed) for _, scale, changed in first] == [(4, True), (2, False), (2, True)]
+    assert [math.isfinite(norm) for norm, _, _ in first] == [True, False, True]

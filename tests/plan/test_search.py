@@ -234,13 +234,14 @@ def test_what_does_not_go_together_has_its_reason() -> None:
     assert "could not be saved whole" in refused[label]
 
 
-def test_only_what_this_version_trains_is_recommended() -> None:
-    """GPT-2 XL's fp32 weights fit on four cards in shares: shown as predicted, not recommended."""
+def test_what_fits_only_in_shares_is_trained_in_shares() -> None:
+    """GPT-2 XL with fp32 weights on four cards; what is predicted alone is not recommended."""
     plan = planned("4x-rtx3090", model="gpt2-xl")
     assert plan.recommended is not None
-    assert not plan.recommended.strategy.is_sharded
-    predicted = [x.option for x in plan.predicted]
-    assert any(x is not None and x.strategy.is_sharded and x.level == 0 for x in predicted)
+    assert (plan.recommended.strategy.name, plan.recommended.level) == ("fsdp2", 0)
+    options = [option for option in options_of(plan) if option.level == 0 and option.trained]
+    assert all(option.strategy.is_sharded for option in options if option.verdict == "fits")
+    assert not any(x.option.trained for x in plan.predicted if x.option is not None)
 
 
 def test_classes_side_by_side_need_the_memory_of_each_and_their_share_of_the_time() -> None:
