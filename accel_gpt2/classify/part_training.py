@@ -99,11 +99,11 @@ class DirectoryRecords:
     def log(self, row: dict[str, Any]) -> None:
         append_json_line(self._run_directory / LOG, row)
         self.note(row, process=os.getpid())
-        if time.monotonic() - self._spent_noted >= SECONDS_BETWEEN_WRITES:
-            self._note_spent()
 
     def note(self, row: dict[str, Any], *, process: int) -> None:
-        """Bring status.json up to a row of log.jsonl."""
+        """Bring the other records up to a row of log.jsonl."""
+        if time.monotonic() - self._spent_noted >= SECONDS_BETWEEN_WRITES:
+            self._note_spent()
         if row["event"] == "finish":
             self.status.ended(row["class_index"], "finished")
         else:

@@ -23,8 +23,9 @@ class PlacedProgress(TrainProgress):
         self._task, self._last_plain = self._others.pop(index, (None, 0.0))
 
     def update(self, description: str, completed: int, total: int, facts: str) -> None:
-        name = description if self._live else ""  # a plain line has it already
-        super().update(description, completed, total, f"{name} {facts}".strip())
+        if facts and self._live:  # below the bars, where nothing else says whose they are
+            facts = f"{description}: {facts}"
+        super().update(description, completed, total, facts)
 
     def end(self, index: int) -> None:
         """A training has ended; its bar goes."""

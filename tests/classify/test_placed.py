@@ -4,6 +4,7 @@ The children are real processes on the CPU, two at a time.
 """
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -17,10 +18,12 @@ from typing import Any
 
 import psutil
 import pytest
+from rich.console import Console
 
 from accel_gpt2.classify import placed
 from accel_gpt2.classify.fit import fit
 from accel_gpt2.classify.lock import hold
+from accel_gpt2.classify.placed_progress import PlacedProgress
 from accel_gpt2.classify.status import ClassStatus, read_classes
 from accel_gpt2.errors import ExitCode, StoppedEarly, UsageError, UserError
 from accel_gpt2.recipe import ResolvedRecipe, to_yaml
@@ -344,3 +347,32 @@ def test_gpus_are_called_as_the_launcher_calls_them(
     monkeypatch.setattr(placed, "on_cpu", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5a,7")
     assert placed.devices_of(recipe, 5) == ["3", "GPU-5a"]
+
+
+def test_every_training_has_a_bar_in_one_display(capsys: pytest.CaptureFixture[str]) -> None:
+    """On a terminal each has its bar and its facts; elsewhere the lines come in turn, as they do
+    for one."""
+    progress = PlacedProgress(shown=True, quiet=True)
+    progress._live = True
+    for index, name in ((0, "kitchen (1/2)"), (1, "river (2/2)"), (0, "kitchen (1/2)")):
+        progress.show(index)
+        progress.start(name, 10)
+        progress.update(name, index + 3, 10, "loss 4.2")
+    progress.show(1)
+    progress.update("river (2/2)", 5, 10, "")
+    screen = io.StringIO()
+    console = Console(file=screen, width=80, force_terminal=True, color_system=None)
+    console.print(progress._progress.get_renderable())
+    shown = [line.split()[:3] for line in screen.getvalue().splitlines()]
+    assert sorted(shown) == [
+        ["kitchen", "(1/2)", "3/10"], ["kitchen", "(1/2):", "loss"], ["river", "(2/2)", "5/10"]
+    ]  # fmt: skip
+    progress.end(0)
+    assert [task.description for task in progress._progress.tasks] == ["river (2/2)"]
+    plain = PlacedProgress(shown=True, quiet=True)
+    for index, name in ((0, "kitchen"), (1, "river")):
+        plain.show(index)
+        plain.start(name, 2)
+        plain.update(name, 1, 2, "loss 4.2")  # sooner than its next line is due
+        plain.update(name, 2, 2, "loss 4.2")
+    assert capsys.readouterr().err == "kitchen 2/2 loss 4.2\nriver 2/2 loss 4.2\n"
