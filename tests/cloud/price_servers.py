@@ -203,10 +203,11 @@ _COLUMNS = (
 
 
 def gpuhunt_list(rows: list[dict[str, object]]) -> dict[str, bytes]:
-    """dstack's published lists with these rows: what is at each path."""
+    """dstack's published lists with these rows, some empty: what is at each path."""
     rest = {"cpu": 8, "memory": 30.0, "gpu_count": 1, "spot": False, "gpu_vendor": "nvidia"}
     files = {}
-    for provider in dict.fromkeys(str(row["provider"]) for row in rows):
+    others = ("lambdalabs", "nebius", "oci", "cloudrift")  # that gpuhunt fetches as well
+    for provider in dict.fromkeys([*(str(row["provider"]) for row in rows), *others]):
         lines = [",".join(_COLUMNS)]
         for row in rows:
             if row["provider"] == provider:
