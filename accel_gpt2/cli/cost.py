@@ -279,32 +279,38 @@ def _given(hours: float | None) -> _Need:
 
 
 def _plans(layers: "list[Layer]", gpus: Iterable[str], num_gpus: int) -> dict[str, _Need]:
-    """What each GPU would need for it; GPUs on which it does not fit are left out.
+    """What each GPU would need for it.
+
+    GPUs on which it does not fit, or whose speed is not known, are left out.
 
     Raises:
         DoesNotFitError: when it fits on none.
-        UsageError: when its time is not known before something is read.
+        UsageError: when its time is not known.
     """
     from accel_gpt2.cli.planning import does_not_fit, plan_here
 
     needs = {}
-    reason = ""
+    failure = UserError("")
     for gpu in gpus:
         plan = plan_here(layers, rented_profile(gpu, num_gpus), depth="none")
         if plan is None:
             raise UsageError("The shape of this model is not known here: give --gpu and --hours.")
-        if plan.recommended is None:
-            reason = does_not_fit(plan)
-        elif plan.recommended.seconds is None or plan.data is None:
+        option, data = plan.recommended, plan.data
+        if data is None:
             raise UsageError(
                 f"How long it trains is known when {plan.asked.recipe.dataset} has been read: give "
                 "--gpu and --hours."
             )
+        if option is None:
+            failure = DoesNotFitError(does_not_fit(plan))
+        elif option.seconds is None:
+            how = option.recipe.mixed_precision
+            failure = UsageError(f"How fast {gpu} computes {how} is not known: give --hours.")
         else:
-            models = num_models(plan.recommended.recipe, plan.data.num_classes)
-            needs[gpu] = _need(plan.recommended, plan.recommended.seconds, models)
+            models = num_models(option.recipe, data.num_classes)
+            needs[gpu] = _need(option, option.seconds, models)
     if not needs:
-        raise DoesNotFitError(reason)
+        raise failure
     return needs
 
 

@@ -100,12 +100,15 @@ def gpus_sold(num_gpus: int, min_gpus: int) -> int:
 def quote(
     offer: GpuPrice, rental: Rental, *, today: datetime.date, pricing: Pricing = "on-demand"
 ) -> CostQuote | None:
-    """What an offer costs for a rental; None where it is not sold at this pricing."""
+    """What an offer costs for a rental; None where it is not sold at this pricing.
+
+    A subscription is to one GPU.
+    """
     per_gpu = offer.usd_per_gpu_hour if pricing == "on-demand" else offer.spot_usd_per_gpu_hour
-    if per_gpu is None:
-        return None
     provider = PROVIDERS[offer.provider]
-    num_gpus = gpus_sold(rental.num_gpus, offer.min_gpus)
+    if per_gpu is None or (provider.market == "subscription" and rental.num_gpus > 1):
+        return None
+    num_gpus = _sold(offer, rental)
     billed = billed_seconds(
         rental.run_seconds + rental.setup_seconds,
         increment_seconds=offer.billing_increment_seconds,
@@ -173,13 +176,23 @@ def quotes(
     today: datetime.date,
     pricing: Pricing = "on-demand",
 ) -> tuple[CostQuote, ...]:
-    """What all offers of the GPUs in `rentals` cost, cheapest first."""
-    made = (
-        quote(offer, rentals[offer.gpu], today=today, pricing=pricing)
-        for offer in offers
-        if offer.gpu in rentals
-    )
+    """What all offers of the GPUs in `rentals` cost, cheapest first.
+
+    Of a provider's machines with one and with eight of a GPU, the one counts that has no more GPUs
+    than it has to; and for eight the machine with eight, not eight times the one.
+    """
+    best: dict[object, GpuPrice] = {}
+    for offer in sorted(offers, key=lambda x: x.min_gpus):
+        kind = offer.provider, offer.gpu, offer.tier
+        rental = rentals.get(offer.gpu)
+        if rental is not None and _sold(offer, rental) <= _sold(best.get(kind, offer), rental):
+            best[kind] = offer
+    made = (quote(x, rentals[x.gpu], today=today, pricing=pricing) for x in best.values())
     return tuple(sorted((x for x in made if x is not None), key=lambda x: x.usd_total))
+
+
+def _sold(offer: GpuPrice, rental: Rental) -> int:
+    return gpus_sold(rental.num_gpus, offer.min_gpus)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -105,6 +105,8 @@ def test_eight_gpus_never_answer_for_one(accel_gpt2: CommandLine) -> None:
     eight = document(accel_gpt2, *THREE_HOURS, "--num-gpus", "8")
     assert {"aws", "azure", "lambda"} <= {x["provider"] for x in eight["quotes"]}
     assert {x["num_gpus"] for x in eight["quotes"]} == {8}
+    assert [x["sku"] for x in eight["quotes"] if x["provider"] == "lambda"] == ["gpu_8x_a100"]
+    assert "colab-pro-plus" not in {x["provider"] for x in eight["quotes"]}
 
 
 def test_json_has_what_the_documentation_says(accel_gpt2: CommandLine) -> None:
@@ -206,6 +208,11 @@ def test_what_fits_on_no_rented_gpu_is_said(accel_gpt2: CommandLine) -> None:
         ("--profile a100_40 --hours 3", 2, "Did you mean 'a100-40'?"),
         ("--gpu l4 --hours 3 --local rtx4090", 2, "--local compares a training by plan"),
         ("--gpu l4 --dataset nobody/knows", 2, "nobody/knows has been read: give --gpu and"),
+        (
+            "--gpu t4 --model gpt2 --mixed-precision pure_bf16",
+            2,
+            "How fast t4 computes pure_bf16 is not known: give --hours.",
+        ),
         ("--gpu l4 --model some/model", 2, "The shape of this model is not known here"),
         ("--gpu l4 breakeven --gpu l4", 2, "Options of `breakeven` are given after its name."),
         ("breakeven --gpu l4", 2, "What does the l4 cost? Give --price-usd"),
