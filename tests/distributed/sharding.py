@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
+from accel_gpt2.classify.evaluate import evaluate_run
 from accel_gpt2.classify.fit import fit
 from accel_gpt2.recipe import ResolvedRecipe, TrainRecipe
 from accel_gpt2.train.backend import build_backend
@@ -64,6 +65,12 @@ def scores_of(
             model, Documents(lengths), micro_batch_tokens=64, accelerator=accelerator
         )
         return scores, backend.gathered_weights()
+
+
+def train_and_evaluate(resolved: ResolvedRecipe, run: Path) -> None:
+    """What `launch/train.py` and `launch/evaluate.py` do, in the same processes."""
+    fit(resolved, run, quiet=True)
+    evaluate_run(run, quiet=True)
 
 
 def train_with_less_memory(resolved: ResolvedRecipe, run: Path, *, tokens: int, rank: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -25,7 +26,13 @@ from accel_gpt2.train.schedule import BatchSchedule
 from tests.conftest import write_texts
 
 from .harness import run
-from .sharding import held, scores_of, steps_with_an_overflow, train_with_less_memory
+from .sharding import (
+    held,
+    scores_of,
+    steps_with_an_overflow,
+    train_and_evaluate,
+    train_with_less_memory,
+)
 from .trainings import train, train_until
 
 RTOL = 1e-5
@@ -147,6 +154,22 @@ def test_the_trainings_do_what_they_are_for(runs: Runs) -> None:
 
 def _data(runs: Runs) -> PreparedData:
     return prepare_data(runs.recipe("full").recipe, progress=False)
+
+
+def test_a_classifier_of_sharded_models_is_that_of_whole_ones(runs: Runs) -> None:
+    """Two classes after one another, and in the same processes the scores of the test split."""
+    recipe = runs.recipe("full", objective="generative", max_steps=2)
+    tables = []
+    for strategy, num_processes in {"single": 1, "fsdp2": 2}.items():
+        directory = runs.folder / f"{strategy} classifier"
+        run(strategy, num_processes, train_and_evaluate, recipe, directory)
+        tables.append(pq.read_table(directory / "evaluation" / "scores.parquet").to_pandas())
+    expected, found = tables
+    assert found["document"].is_unique
+    assert (found["document"] == expected["document"]).all()
+    columns = [name for name in expected if name.startswith("log_")]
+    assert len(columns) == 2
+    np.testing.assert_allclose(found[columns], expected[columns], rtol=RTOL)
 
 
 @pytest.mark.parametrize("variant", ["full", "lora"])
