@@ -1,11 +1,15 @@
 """`spent.json`, a run's ledger: how long each machine was paid for it, and at what price.
 
 It lies beside the checkpoints and travels with them, so that a budget is for all machines together.
+`python -m accel_gpt2.classify.spending RUN --usd-per-hour PRICE` brings it up to this moment, and
+prints the seconds; a rented machine does so before the training and after it.
 """
 
+import argparse
 import datetime
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -86,6 +90,16 @@ def write_spent_seconds(
     write_json(run_directory / SPENT, {"machines": [asdict(x) for x in (*others, row)]})
 
 
+def spent_usd(run_directory: Path) -> float:
+    """What a run has cost so far, as far as prices are known.
+
+    Raises:
+        UserError: when the record is damaged.
+    """
+    rows = read_ledger(run_directory)
+    return sum(row.seconds / 3600 * (row.price_usd_per_hour or 0.0) for row in rows)
+
+
 def read_ledger(run_directory: Path) -> list[MachineTime]:
     """The machines that a run was on; none for a run that has not begun.
 
@@ -127,3 +141,20 @@ def _billed_since(environment: Mapping[str, str]) -> datetime.datetime | None:
             f"{BILLED_SINCE} = {text!r} is no time in Unix seconds: unset it, or give it as "
             "`date +%s` prints it."
         ) from None
+
+
+def main() -> None:
+    """Note all that this machine was billed, also where no training writes anything."""
+    parser = argparse.ArgumentParser(prog="python -m accel_gpt2.classify.spending")
+    parser.add_argument("run_directory", type=Path)
+    parser.add_argument("--usd-per-hour", type=float, required=True)
+    arguments = parser.parse_args()
+    recipe = TrainRecipe(price_usd_per_hour=arguments.usd_per_hour)
+    arguments.run_directory.mkdir(parents=True, exist_ok=True)
+    spent_seconds = read_spent_seconds(arguments.run_directory, recipe)
+    write_spent_seconds(arguments.run_directory, spent_seconds, recipe)
+    sys.stdout.write(f"{spent_seconds:.0f}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -165,11 +165,13 @@ def launch(
         print_json(_document(prepared))
     else:
         _show(prepared, contents=dry_run)
-    estimate = prepared.quote.usd_total
-    if estimate > budget:
+    spent, estimate = prepared.job.spent_usd, prepared.quote.usd_total
+    if spent + estimate > budget:
+        before = f"{_usd(spent)} are spent, and it" if spent else "It"
         raise DoesNotFitError(
-            f"It is expected to cost {_usd(estimate)}, more than --budget {budget:g}: give "
-            f"--budget {_enough(estimate)}, or train less, for instance by --max-steps."
+            f"{before} is expected to cost {_usd(estimate)}{' more' if spent else ''}, which "
+            f"exceeds --budget {budget:g}: give --budget {_enough(spent + estimate)}, or train "
+            "less, for instance by --max-steps."
         )
     if not dry_run and (yes or _agreed(f"Start it, for up to {_usd(budget)}?")):
         raise typer.Exit(_start(prepared, engine))
@@ -253,6 +255,7 @@ def _prepare(
     bucket: str | None,
     package: str | None,
 ) -> _Prepared:
+    from accel_gpt2.classify.spending import spent_usd
     from accel_gpt2.cli.run_directory import default_run_directory
     from accel_gpt2.cloud.engine import find_sources, upload_directory
     from accel_gpt2.cloud.ledger import NAME_PREFIX
@@ -283,6 +286,7 @@ def _prepare(
         package=package or "./package",
         bucket=str(Path(bucket).absolute()) if bucket and wish.cloud.engine == "local" else bucket,
         spot=wish.spot,
+        spent_usd=round(spent_usd(run_directory), 4),
     )
     return _Prepared(
         job=job,
@@ -350,7 +354,8 @@ def _document(prepared: _Prepared) -> dict[str, object]:
         "budget_usd": job.budget_usd,
         "run_seconds": quote.run_seconds,
         "setup_seconds": quote.setup_seconds,
-        "budget_seconds": job.budget_seconds,
+        "spent_usd": job.spent_usd,
+        "left_seconds": job.left_seconds,
         "as_of": quote.as_of.isoformat(),
         "source": quote.source,
         "plan": None if option is None else option.label,
@@ -370,6 +375,7 @@ def _show(prepared: _Prepared, *, contents: bool) -> None:
     job, quote, option = prepared.job, prepared.quote, prepared.option
     machine = f"{job.num_gpus} x {job.gpu}" if job.num_gpus > 1 else job.gpu
     spot = ", spot" if job.spot else ""
+    spent = f", of which {_usd(job.spent_usd)} are spent" if job.spent_usd else ""
     training = format_seconds(quote.run_seconds)
     rows = {
         "Training": f"{prepared.recipe.model} on {prepared.recipe.dataset}",
@@ -377,8 +383,8 @@ def _show(prepared: _Prepared, *, contents: bool) -> None:
         "Plan": _fit(option) if option is not None else "not planned, because --hours is given",
         "Time": f"{training}, and {format_seconds(quote.setup_seconds)} around it",
         "Price": f"${quote.usd_per_hour:g} an hour ({quote.as_of}, {quote.source})",
-        "Estimate": f"{_usd(quote.usd_total)} of a budget of {_usd(job.budget_usd)}",
-        "Ends": f"after {format_seconds(job.budget_seconds)} at the latest, saved",
+        "Estimate": f"{_usd(quote.usd_total)} of a budget of {_usd(job.budget_usd)}{spent}",
+        "Ends": f"after {format_seconds(max(0, job.left_seconds))} at the latest, saved",
         "Results": str(prepared.run_directory),
     }
     if job.kept is not None:
@@ -446,7 +452,7 @@ def _start(prepared: _Prepared, engine: "Engine") -> int:
         usd_per_hour=job.usd_per_hour,
         budget_usd=job.budget_usd,
         began=now.isoformat(),
-        deadline=(now + datetime.timedelta(seconds=job.budget_seconds)).isoformat(),
+        deadline=(now + datetime.timedelta(seconds=job.left_seconds)).isoformat(),
         run_directory=job.run_directory,
         bucket=job.bucket,
         spot=job.spot,
@@ -454,12 +460,11 @@ def _start(prepared: _Prepared, engine: "Engine") -> int:
     )
     write_launch(record)  # before anything can cost money
     upload = Path(job.uploaded)
-    begun = prepared.run_directory if job.bucket is None else None
     fill_upload(
         upload,
         sources=prepared.sources,
         files=prepared.shipped,
-        run_directory=begun if begun is not None and begun.is_dir() else None,
+        run_directory=prepared.run_directory if prepared.run_directory.is_dir() else None,
     )
     for name, text in prepared.files.items():
         write_text(launch_directory(job.name) / name, text)
@@ -498,20 +503,17 @@ _OVER = ("succeeded", "failed", "cancelled", "gone")
 
 
 def _say_ending(prepared: _Prepared, code: int) -> None:
-    from accel_gpt2.classify.spending import read_ledger
+    from accel_gpt2.classify.spending import spent_usd
 
     job = prepared.job
-    spent = sum(
-        row.seconds / 3600 * (row.price_usd_per_hour or 0.0)
-        for row in read_ledger(prepared.run_directory)
-    )
+    spent = _usd(spent_usd(prepared.run_directory))
     outcome = {
         int(ExitCode.DONE): "Trained",
         int(ExitCode.LIMIT_REACHED): "Stopped by the budget, saved",
         int(ExitCode.STOPPED): "Stopped by a signal, saved",
     }.get(code, f"Ended with exit code {code}")
     where = job.bucket if job.spot else prepared.run_directory
-    say(f"{outcome}: about {_usd(spent)} of {_usd(job.budget_usd)} spent; results in {where}.")
+    say(f"{outcome}: about {spent} of {_usd(job.budget_usd)} spent; results in {where}.")
 
 
 @app.command()
@@ -541,7 +543,7 @@ def status(
                     launch.name,
                     f"{launch.provider} {launch.gpu}",
                     f"{launch.usd_per_hour:g}",
-                    launch.deadline.removesuffix("+00:00").replace("T", " "),
+                    launch.deadline[:16].replace("T", " ") + " UTC",
                     standing,
                 ]
                 for launch, standing in zip(launches, standings, strict=True)

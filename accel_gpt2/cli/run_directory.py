@@ -6,6 +6,7 @@ from pathlib import Path
 
 from accel_gpt2.classify.aside import is_trained, make_way
 from accel_gpt2.classify.lock import LOCK_FILE, OWNER_FILE, check_free
+from accel_gpt2.classify.spending import SPENT
 from accel_gpt2.classify.status import STATUS_FILE
 from accel_gpt2.durable import make_directory, write_text
 from accel_gpt2.errors import UsageError, UserError
@@ -21,7 +22,7 @@ from accel_gpt2.recipe import (
 RECIPE_FILE = "recipe.yaml"
 
 # What a start puts there before the recipe.
-_OF_A_START = frozenset({LOCK_FILE, OWNER_FILE, STATUS_FILE})
+_OF_A_START = frozenset({LOCK_FILE, OWNER_FILE, STATUS_FILE, SPENT})
 
 
 def default_run_directory(recipe: TrainRecipe) -> Path:

@@ -70,6 +70,7 @@ class LocalEngine:
                 code = _run_script(machine, RUN)
         finally:
             copy_run(machine / "runs" / job.run_name, Path(launch.run_directory))
+            shutil.rmtree(machine)
         return code
 
     def status(self, launch: Launch) -> Standing:
@@ -77,7 +78,7 @@ class LocalEngine:
 
     def logs(self, launch: Launch, *, follow: bool) -> None:
         raise UsageError(
-            f"What {launch.name} says is in the terminal that launched it, and in "
+            f"What {launch.name} says is in the terminal that launched it, and in log.jsonl below "
             f"{_machine(launch.name) / 'runs'}."
         )
 

@@ -43,7 +43,8 @@ class CloudJob:
     `words` are typed after `accel-gpt2 train`, without directory and budget. `run_directory` is
     where the results are to be here, `uploaded` the directory that goes to the machine. `package`
     is what the machine installs: `./package` or `.` where the sources are uploaded, or anything
-    else that pip takes. `usd_per_hour` is of the whole machine, and `budget_usd` for all attempts.
+    else that pip takes. `usd_per_hour` is of the whole machine, and `budget_usd` for all attempts,
+    of which earlier ones had `spent_usd`, as far as it is known here.
     """
 
     name: str
@@ -59,6 +60,7 @@ class CloudJob:
     package: str
     bucket: str | None = None
     spot: bool = False
+    spent_usd: float = 0.0
 
     @property
     def run_name(self) -> str:
@@ -74,6 +76,11 @@ class CloudJob:
     def budget_seconds(self) -> int:
         """The time that the budget pays for, from the beginning of the bill to its end."""
         return int(self.budget_usd / self.usd_per_hour * 3600)
+
+    @property
+    def left_seconds(self) -> int:
+        """What of it earlier attempts have left."""
+        return int((self.budget_usd - self.spent_usd) / self.usd_per_hour * 3600)
 
     @property
     def grace_seconds(self) -> int:
@@ -151,25 +158,29 @@ def run_script(job: CloudJob) -> str:
     is is saved.
     """
     run = shlex.quote(f"runs/{job.run_name}")
-    keep = restore = copy = stop_copying = ""
+    settle = f"python -m accel_gpt2.classify.spending {run} --usd-per-hour {job.usd_per_hour:g}"
+    restore = copy = stop_copying = keep_all = ""
     if job.kept is not None:
         kept = shlex.quote(job.kept)
         keep = "python -m accel_gpt2.cloud.keep"
-        restore = f"{keep} {kept} {run}\n"
+        # Else the copying below would put an empty run in the place of a begun one.
+        restore = f"{keep} {kept} {run} || exit 1\n"
         copy = f"{keep} {run} {kept} --every {_COPY_EVERY_SECONDS} &\ncopying=$!\n"
+        keep_all = f"{keep} {run} {kept}\n  "
         stop_copying = f'kill -TERM "$copying"; wait "$copying"\n{keep} {run} {kept} || code=1\n'
     return f"""\
 set +e -uo pipefail
 export PATH="${{TRAINING_BIN:-$PWD/.venv/bin}}:$PATH"
 [ -z "${{TRAINING_BIN:-}}" ] || export PYTHONPATH="$PWD/package${{PYTHONPATH:+:$PYTHONPATH}}"
 export ACCEL_GPT2_BILLED_SINCE="$(cat .billed_since)"
-end=$(( ACCEL_GPT2_BILLED_SINCE + {job.budget_seconds} ))  # {_money(job)}
-seconds_left=$(( end - {job.grace_seconds} - $(date +%s) ))
-if [ "$seconds_left" -le 0 ]; then
-  echo "The budget of ${job.budget_usd:.2f} was used up before the training could begin." >&2
-  exit 4
-fi
 {restore}\
+spent=$({settle}) || exit 1  # seconds at today's price, on all machines
+seconds_left=$(( {job.budget_seconds} - {job.grace_seconds} - spent ))  # {_money(job)}
+if [ "$seconds_left" -le 0 ]; then
+  echo 'The budget of ${job.budget_usd:.2f} was used up before the training could begin.' >&2
+  {keep_all}exit 4
+fi
+end=$(( $(date +%s) + seconds_left + {job.grace_seconds} ))
 timeout --signal=TERM --kill-after={job.grace_seconds} "$seconds_left" \\
   {job.train_command} &
 training=$!
@@ -180,7 +191,11 @@ while kill -0 "$training" 2> /dev/null && [ "$(date +%s)" -lt $(( end + {job.gra
 do sleep 1; done
 code=137
 kill -0 "$training" 2> /dev/null || {{ wait "$training"; code=$?; }}
-[ "$code" -ne 124 ] || code=4  # stopped by `timeout`: nothing is left of the budget
+if [ "$code" -eq 124 ] || [ "$(date +%s)" -ge "$end" ]; then
+  echo 'The time that ${job.budget_usd:.2f} pays for is over.' >&2
+  code=4
+fi
+{settle} > /dev/null || code=1
 {stop_copying}\
 exit "$code"
 """
@@ -237,7 +252,7 @@ def hf_jobs_argv(job: CloudJob, *, dry_run: bool = False) -> tuple[str, ...]:
         *(["--dry-run"] if dry_run else ["--detach"]),
         f"--name={job.name}",
         f"--flavor={job.cloud.gpus[job.gpu]}",
-        f"--timeout={job.budget_seconds}s",
+        f"--timeout={job.left_seconds}s",
         "--secrets=HF_TOKEN",
         f"--volume={job.uploaded}:/uploaded",
         f"--volume=hf://buckets/{job.bucket}:{_KEPT}",
