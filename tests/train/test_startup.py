@@ -324,12 +324,12 @@ def test_one_process_in_place_of_two_trains_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_file_alone_chooses_the_strategy(tmp_path: Path) -> None:
-    """The real command with our file, copied as a person copies it: DeepSpeed shards, on two
-    processes, and each class has a model at the end."""
+    """The real command with our file, copied as a person copies it: two processes shard each
+    class's model, and it is whole at the end."""
     write_files(tmp_path, named_from=".")
-    ended = through_accelerate("--config_file=accelerate_configs/zero3.yaml", cwd=tmp_path)
+    ended = through_accelerate("--config_file=accelerate_configs/fsdp2.yaml", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     ran = json.loads((tmp_path / "run" / "environment.json").read_text("utf-8"))
-    assert (ran["world_size"], ran["strategy"]) == (2, "zero3")
+    assert (ran["world_size"], ran["strategy"]) == (2, "fsdp2")
     for name in ("class-0-fruit", "class-1-tools"):
         assert (tmp_path / "run" / name / "final" / "model.safetensors").stat().st_size > 10**6
