@@ -122,10 +122,10 @@ def cost(
     json: JsonOption = False,
     ctx: typer.Context = None,  # type: ignore[assignment]  # Typer fills it in
 ) -> None:
-    """Say what a training costs on rented GPUs, cheapest first, and on the own one.
+    """Say what a training costs on rented GPUs, and on the own one.
 
-    Either --gpu and --hours, or what to train: the hours are then those of the plan, and without
-    --gpu or --profile every GPU that is rented is compared. Set-up time is billed too.
+    Offers come cheapest first, with set-up time. Give --gpu and --hours, or what to train: the
+    hours are then those of the plan, and without --gpu or --profile every rented GPU is compared.
     """
     from accel_gpt2.cli.cost_output import cost_document, show_cost
 
@@ -446,7 +446,7 @@ def breakeven(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Say after how many hours a card has paid for itself against renting one."""
+    """Say after how many hours a card pays for itself."""
     from accel_gpt2.cli.cost_output import break_even_document, show_break_even
 
     variants = gpu_variants(gpu)
@@ -519,10 +519,11 @@ def refresh(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Ask for today's prices and keep them in the user's cache: all of them or none.
+    """Ask for today's prices, and keep all of them or none.
 
-    Lambda is asked with the key of LAMBDA_API_KEY or ~/.lambda_cloud/lambda_keys, Hugging Face with
-    its own token if there is one, and five other providers by the package gpuhunt.
+    They go to the user's cache. Lambda is asked with the key of LAMBDA_API_KEY or
+    ~/.lambda_cloud/lambda_keys, Hugging Face with its own token if there is one, and five other
+    providers by the package gpuhunt.
     """
     from accel_gpt2.cloud import prices
 
