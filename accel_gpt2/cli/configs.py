@@ -1,6 +1,7 @@
 """`configs`: the files that `accelerate launch` reads, generated from the strategies' rows."""
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -26,8 +27,8 @@ def configs(debug: DebugOption = False) -> None:
 
 @app.command()
 def write(directory: _Directory = Path(), debug: DebugOption = False) -> None:
-    """Write the files, from the catalog's strategies."""
-    write_files(directory, named_from=".")
+    """Write the files, from the catalog's rows."""
+    write_files(directory, _committed_files(directory))
 
 
 @app.command()
@@ -45,18 +46,25 @@ def copy(
 ) -> None:
     """Write the files into a directory, to launch with from here."""
     from accel_gpt2.cli.launcher import shipped_file
+    from accel_gpt2.render.accelerate import config_files
 
-    write_files(directory, named_from=directory.as_posix())
+    write_files(directory, config_files(directory.as_posix()))
     file = directory / "accelerate_configs" / "ddp.yaml"
     words = ["accelerate", "launch", f"--config_file={file}", str(shipped_file("launch/train.py"))]
     say(f"For instance: {shlex.join(words)}")
 
 
-def write_files(directory: Path, *, named_from: str) -> None:
-    """Write every file below `directory`, which the YAML files call `named_from`."""
+def _committed_files(directory: Path) -> dict[str, str]:
+    """What is below `directory` by the rows; a checkout has a launch/ too."""
     from accel_gpt2.render.accelerate import config_files
+    from accel_gpt2.render.cloud import LAUNCH_DIRECTORY, sky_files
 
-    files = config_files(named_from)
+    tasks = sky_files() if (directory / LAUNCH_DIRECTORY).is_dir() else {}
+    return {**config_files(), **tasks}
+
+
+def write_files(directory: Path, files: Mapping[str, str]) -> None:
+    """Write files below `directory`, by their paths there, and name them."""
     for name, text in files.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,9 +75,7 @@ def write_files(directory: Path, *, named_from: str) -> None:
 
 def differences(directory: Path) -> list[str]:
     """One sentence for each file below `directory` that is missing, different or one too many."""
-    from accel_gpt2.render.accelerate import config_files
-
-    files = config_files()
+    files = _committed_files(directory)
     found = []
     for name, text in files.items():
         path = directory / name
@@ -79,5 +85,6 @@ def differences(directory: Path) -> list[str]:
             found.append(f"{path} is not what the catalog's row says.")
     folders = {directory / Path(name).parent for name in files}
     there = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
-    extra = there - {directory / name for name in files}
-    return [*found, *(f"{path} belongs to no strategy." for path in sorted(extra))]
+    generated = {path for path in there if path.suffix != ".py"}  # launch/train.py is not
+    extra = generated - {directory / name for name in files}
+    return [*found, *(f"{path} belongs to no row." for path in sorted(extra))]

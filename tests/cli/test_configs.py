@@ -40,8 +40,25 @@ def test_what_is_missing_changed_or_too_many_is_said(
     assert ended.stderr.splitlines() == [
         f"{tmp_path}/accelerate_configs/ddp.yaml is not what the catalog's row says.",
         f"{tmp_path}/ds_configs/zero1.json is missing.",
-        f"{tmp_path}/accelerate_configs/old/two_gpus.yaml belongs to no strategy.",
+        f"{tmp_path}/accelerate_configs/old/two_gpus.yaml belongs to no row.",
         "Write them again by `accel-gpt2 configs write`.",
+    ]
+
+
+def test_a_checkouts_tasks_are_checked_too(accel_gpt2: CommandLine, tmp_path: Path) -> None:
+    """Where there is launch/: one that is changed or too many is said, scripts are not."""
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "train.py").touch()
+    ended = accel_gpt2("configs", "write", "--directory", str(tmp_path))
+    assert "26 files written." in ended.stderr
+    assert accel_gpt2("configs", "check", "--directory", str(tmp_path)).returncode == 0
+    (tmp_path / "launch" / "lambda-a100-40.sky.yaml").write_text("name: mine\n")
+    (tmp_path / "launch" / "moon-a100-40.sky.yaml").touch()
+    ended = accel_gpt2("configs", "check", "--directory", str(tmp_path))
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[:2] == [
+        f"{tmp_path}/launch/lambda-a100-40.sky.yaml is not what the catalog's row says.",
+        f"{tmp_path}/launch/moon-a100-40.sky.yaml belongs to no row.",
     ]
 
 
