@@ -99,7 +99,7 @@ class Option:
     @property
     def label(self) -> str:
         """The choice in a few words."""
-        spread = [] if self.strategy.backend == "none" else [self.strategy.name]
+        spread: list[str] = [] if self.strategy.backend == "none" else [self.strategy.name]
         spread += [] if self.placement == "sequential" else [PLACEMENTS[self.placement].title]
         return ", ".join([describe_recipe(self.recipe), *spread])
 
