@@ -134,6 +134,40 @@ def test_it_is_bit_for_bit_one_class_after_another(shared: Path, sequential: Pat
     assert "dropout" in choice["reason"]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"finetuning": "qlora"}, id="qlora"),
+        pytest.param({"use_dora": True, "lora_dropout": 0.0}, id="dora"),
+        pytest.param({"objective": "masked_lm"}, id="masked_lm"),
+    ],
+)
+def test_every_adapter_trains_as_it_does_alone(
+    changes: dict[str, Any], resolved: ResolvedRecipe, tmp_path: Path
+) -> None:
+    """A quantised base, DoRA and masked language models: bit for bit, too."""
+    if changes.get("finetuning") == "qlora":
+        pytest.importorskip("bitsandbytes")
+    recipe = dataclasses.replace(resolved.recipe, max_steps=2, **changes)
+    if recipe.objective == "masked_lm":
+        recipe = dataclasses.replace(recipe, model=str(_masked_base(resolved, tmp_path)))
+    short = dataclasses.replace(resolved, recipe=recipe)
+    for placement in ("sequential", "shared-base"):
+        fit(_placed(short, placement), tmp_path / placement, quiet=True)
+    assert len(losses(tmp_path / "shared-base")) == 6
+    assert losses(tmp_path / "shared-base") == losses(tmp_path / "sequential")
+    assert_same_models(tmp_path / "shared-base", tmp_path / "sequential")
+
+
+def _masked_base(resolved: ResolvedRecipe, folder: Path) -> Path:
+    """A masked language model of one step, and its tokenizer."""
+    base = resolve_tiny(
+        Path(resolved.recipe.dataset), model="roberta-tiny", objective="masked_lm", max_steps=1
+    )
+    fit(base, folder / "base", quiet=True)
+    return next((folder / "base").glob("class-0-*/final"))
+
+
 def test_each_class_counts_its_own_seconds(shared: Path) -> None:
     """Together they are at most what the run took, not that many times the number of classes."""
     seconds = [record.seconds for record in open_run(shared).training_records()]
