@@ -86,7 +86,9 @@ class HfJobsEngine:
 
         with _asking():
             api = HfApi(endpoint=self.endpoint)
-            return list(api.list_jobs(labels={"name": launch.name}, timeout=60))
+            user = api.whoami()["name"]  # list_jobs would ask the public hub, whatever the endpoint
+            jobs = api.list_jobs(labels={"name": launch.name}, namespace=user, timeout=60)
+            return list(jobs)
 
     def _fetch(self, job: CloudJob, launch: Launch) -> None:
         source = f"hf://buckets/{job.bucket}/{job.run_name}"
