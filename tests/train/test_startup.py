@@ -18,6 +18,7 @@ from accel_gpt2.catalog.strategies import STRATEGIES
 from accel_gpt2.cli.configs import write_files
 from accel_gpt2.cli.launcher import shipped_file
 from accel_gpt2.errors import UserError
+from accel_gpt2.render.accelerate import config_files
 from accel_gpt2.train.startup import avoid_broken_links, launched_strategy
 
 
@@ -25,7 +26,7 @@ from accel_gpt2.train.startup import avoid_broken_links, launched_strategy
 def launch_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the files that `accelerate launch` reads."""
     directory = tmp_path_factory.mktemp("configs")
-    write_files(directory, named_from=str(directory))
+    write_files(directory, config_files(str(directory)))
     return directory
 
 
@@ -84,7 +85,7 @@ def test_what_is_no_strategy_of_ours_is_refused(words: list[str], sentence: str)
 
 def test_a_changed_json_is_refused_with_what_was_changed(tmp_path: Path) -> None:
     """An engine of other buckets would need other memory than the plan's; every key is named."""
-    write_files(tmp_path, named_from=str(tmp_path))
+    write_files(tmp_path, config_files(str(tmp_path)))
     path = tmp_path / "ds_configs" / "zero2.json"
     config = json.loads(path.read_text("utf-8"))
     config["zero_optimization"]["reduce_bucket_size"] = 500_000_000
@@ -114,6 +115,7 @@ import json, os, socket, sys, traceback
 import torch
 from accelerate import Accelerator, notebook_launcher
 from accel_gpt2.errors import UserError
+from accel_gpt2.render.accelerate import config_files
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.processes import build_accelerator, current_strategy
 from accel_gpt2.train.startup import check_started
@@ -326,7 +328,7 @@ def test_one_process_in_place_of_two_trains_nothing(tmp_path: Path) -> None:
 def test_the_file_alone_chooses_the_strategy(tmp_path: Path) -> None:
     """The real command with our file, copied as a person copies it: two processes shard each
     class's model, and it is whole at the end."""
-    write_files(tmp_path, named_from=".")
+    write_files(tmp_path, config_files())
     ended = through_accelerate("--config_file=accelerate_configs/fsdp2.yaml", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     ran = json.loads((tmp_path / "run" / "environment.json").read_text("utf-8"))
