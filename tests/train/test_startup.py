@@ -115,7 +115,6 @@ import json, os, socket, sys, traceback
 import torch
 from accelerate import Accelerator, notebook_launcher
 from accel_gpt2.errors import UserError
-from accel_gpt2.render.accelerate import config_files
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.processes import build_accelerator, current_strategy
 from accel_gpt2.train.startup import check_started
