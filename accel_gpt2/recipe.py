@@ -370,6 +370,9 @@ def _without_effect(recipe: TrainRecipe, row: ModelSpec | None) -> list[str]:
             "use_dora = True with finetuning = 'full': DoRA is a kind of adapter; give "
             "--finetuning lora or qlora, or leave use_dora out."
         )
+    on_conv1d = row is not None and row.model_type == "gpt2" and recipe.finetuning == "lora"
+    if recipe.use_dora and recipe.lora_dropout > 0 and on_conv1d:
+        problems.append(dora_dropout_problem(recipe))
     if recipe.quantization != "nf4" and recipe.finetuning != "qlora":
         problems.append(
             f"quantization = {recipe.quantization!r} with finetuning = {recipe.finetuning!r}: only "
@@ -389,6 +392,18 @@ def _without_effect(recipe: TrainRecipe, row: ModelSpec | None) -> list[str]:
             "all."
         )
     return problems
+
+
+def dora_dropout_problem(recipe: TrainRecipe) -> str:
+    """What DoRA under dropout would cost on GPT-2's transposed layers, and what to type.
+
+    peft 0.21, utils/other.py: `transpose` makes the frozen weights a new parameter, which takes a
+    gradient.
+    """
+    return (
+        f"use_dora = True with lora_dropout = {recipe.lora_dropout:g} on a GPT-2: peft would make "
+        "gradients of all frozen weights too; give --set lora_dropout=0, or leave use_dora out."
+    )
 
 
 def _unreleasable(recipe: TrainRecipe) -> list[str]:

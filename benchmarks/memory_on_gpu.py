@@ -42,14 +42,21 @@ from accel_gpt2.catalog.strategies import STRATEGIES
 from accel_gpt2.plan.data import length_statistics
 from accel_gpt2.plan.memory import MemoryPlan, plan_memory
 from accel_gpt2.plan.throughput import cold_tokens_per_second
-from accel_gpt2.recipe import Finetuning, MixedPrecision, Optimizer, TrainRecipe
+from accel_gpt2.recipe import (
+    Finetuning,
+    MixedPrecision,
+    Optimizer,
+    Quantization,
+    TrainRecipe,
+)
 from accel_gpt2.trace.measured import peak_allocated_bytes
 from accel_gpt2.trace.step import StockLoss, autocast, training_step
 from accel_gpt2.train.calibration import unknown_gpu
 from accel_gpt2.train.causal import LanguageModel
 from accel_gpt2.train.model import build_model
 from accel_gpt2.train.objective import to_device
-from accel_gpt2.train.optim import build_optimizer
+from accel_gpt2.train.optim import BITSANDBYTES, build_optimizer
+from accel_gpt2.train.released import GradientReleaser
 from accel_gpt2.units import GIB, MIB
 
 # The bars of `plan`: relative error of the peak, and how much of it may be too low.
@@ -71,7 +78,11 @@ class Case:
     length: int
     finetuning: Finetuning = "full"
     optimizer: Optimizer = "adamw"
+    quantization: Quantization = "nf4"
+    use_dora: bool = False
     checkpointing: bool = False
+    checkpointed_layers: int | None = None
+    released: bool = False
     accumulation: int = 1
     dropout: float = 0.1
     stock: bool = False
@@ -84,8 +95,16 @@ class Case:
             f"{self.documents}x{self.length}",
             self.precision.replace("no", "fp32"),
             *([self.finetuning] if self.finetuning != "full" else []),
+            *([self.quantization] if self.quantization != "nf4" else []),
+            *(["DoRA"] if self.use_dora else []),
             *([self.optimizer] if self.optimizer != "adamw" else []),
             *(["checkpointing"] if self.checkpointing else []),
+            *(
+                [f"of {self.checkpointed_layers} blocks"]
+                if self.checkpointed_layers is not None
+                else []
+            ),
+            *(["released gradients"] if self.released else []),
             *([f"{self.accumulation} micro batches"] if self.accumulation > 1 else []),
             *(["no dropout"] if self.dropout == 0 else []),
             *(["stock loss"] if self.stock else []),
@@ -105,7 +124,12 @@ class Case:
             mixed_precision=self.precision,
             finetuning=self.finetuning,
             optimizer=self.optimizer,
+            quantization=self.quantization,
+            use_dora=self.use_dora,
             gradient_checkpointing=self.checkpointing,
+            checkpointed_layers=self.checkpointed_layers,
+            release_gradients=self.released,
+            max_grad_norm=0.0 if self.released else 1.0,
             dropout=self.dropout,
             fused_gelu=not self.stock,
         )
@@ -122,6 +146,8 @@ _FACTORED: dict[str, Any] = {"optimizer": "adafactor"}
 _LORA: dict[str, Any] = {"finetuning": "lora"}
 _QLORA: dict[str, Any] = {"finetuning": "qlora"}
 _STOCK: dict[str, Any] = {"stock": True}
+_RELEASED: dict[str, Any] = {"released": True}
+_PAGED: dict[str, Any] = {"optimizer": "adamw_8bit_paged"}
 _MEDIUM, _LARGEST = "gpt2-medium", "gpt2-xl"
 
 # The recommended recipes first, then one change at a time, then the rest of the sizes.
@@ -137,6 +163,13 @@ CASES = (
     _case(_LARGEST, "pure_bf16", "1x1024", **_LARGE, **_EIGHT),
     _case(_LARGEST, "bf16", "1x1024", **_LARGE, **_LORA),
     _case(_LARGEST, "bf16", "1x1024", **_LARGE, **_QLORA),
+    # What the plan recommends on 16 GB: as few blocks checkpointed as fit.
+    _case(_LARGEST, "pure_bf16", "2x1024", **_LARGE, **_EIGHT, checkpointed_layers=3),
+    _case("gpt2-large", "bf16", "2x1024", **_LARGE, checkpointed_layers=34),
+    _case(_LARGEST, "pure_bf16", "1x1024", **_LARGE, **_EIGHT, **_RELEASED),
+    _case(_LARGEST, "pure_bf16", "1x1024", **_LARGE, **_PAGED),
+    _case(_LARGEST, "bf16", "1x1024", **_LARGE, **_LORA, use_dora=True),
+    _case(_LARGEST, "bf16", "1x1024", **_LARGE, **_QLORA, quantization="int8"),
     _case("gpt2", "bf16", "64x128"),
     _case("gpt2", "bf16", "1x1024"),
     _case("gpt2", "bf16", "8x512"),
@@ -188,6 +221,9 @@ TINY_CASES = tuple(
         ("4x64", {"accumulation": 2}),
         ("4x64", _FACTORED),
         ("4x64", _LORA),
+        ("4x64", {**_LARGE, "checkpointed_layers": 1}),
+        ("4x64", {**_LORA, "use_dora": True}),
+        ("4x64", _RELEASED),
     )
 )
 
@@ -281,7 +317,7 @@ def _profile(device: torch.device) -> HardwareProfile:
 def _reason_against(
     case: Case, profile: HardwareProfile, seconds_left: float, slowest: float
 ) -> str | None:
-    needs_bitsandbytes = case.optimizer == "adamw_8bit" or case.finetuning == "qlora"
+    needs_bitsandbytes = case.optimizer in BITSANDBYTES or case.finetuning == "qlora"
     if needs_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None:
         return "bitsandbytes is not installed"
     if _plan(case, profile).verdict == "does not fit":
@@ -351,6 +387,7 @@ def _run(case: Case, device: torch.device) -> tuple[int, float]:
         model = _model(case, device, Path(folder))
     recipe = dataclasses.replace(case.recipe, init="pretrained")  # nothing below looks at weights
     optimizer = build_optimizer(model, recipe)
+    releaser = GradientReleaser(optimizer) if case.released else None
     trained = StockLoss(model.model) if case.stock else model
     scaler = None
     if case.precision == "fp16":
@@ -372,6 +409,7 @@ def _run(case: Case, device: torch.device) -> tuple[int, float]:
             recipe,
             num_targets=case.documents * case.length * case.accumulation,
             scaler=scaler,
+            releaser=releaser,
         )
         float(norm)  # waits for the device, as the loop does
 

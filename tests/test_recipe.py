@@ -167,6 +167,10 @@ def test_no_batch_key_is_an_error() -> None:
             r"use_dora = True with finetuning = 'full': .* give --finetuning lora or qlora",
         ),
         (
+            {"use_dora": True, "finetuning": "lora", "lora_dropout": 0.1},
+            r"lora_dropout = 0\.1 on a GPT-2: .* give --set lora_dropout=0",
+        ),
+        (
             {"quantization": "int8", "finetuning": "lora"},
             r"quantization = 'int8' with finetuning = 'lora': .* give --finetuning qlora",
         ),

@@ -31,6 +31,9 @@ PROJECTIONS = {
 # of those for each 256 (Dettmers et al. 2023, section 3).
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
+# LLM.int8(): a byte a weight, and an fp32 scale for each of the 9 d outputs of a block.
+_INT8_SCALES = 4 * 9
+
 # With adapters, what a block has in hand beyond what is saved of it, in bytes an element of the
 # hidden state: forward, backward. Read off traces with all four projections adapted: peft's copies
 # in the adapter's own type, the product of the second matrix, its multiple, the sum. By compute
@@ -50,9 +53,10 @@ _ADAPTER_TRANSIENTS = {
     (2, True, True, True): (60, 48),
 }
 
-# The same on an NF4 base: forward, backward; and while a matrix is dequantised, which is more where
-# a micro batch is small, besides the 4 d^2 weights of it: forward, backward. Read off traces in
-# which a module that allocates what bitsandbytes' Linear4bit does stood for it.
+# The same on a base in NF4, and taken for one in int8 too: forward, backward; and while a matrix is
+# dequantised, which is more where a micro batch is small, besides the 4 d^2 weights of it: forward,
+# backward. Read off traces in which a module that allocates what bitsandbytes' Linear4bit does
+# stood for it.
 _NF4_TRANSIENTS = {
     (4, False, False, False): (36, 32, 8, 16),
     (4, False, False, True): (40, 20, 8, 16),
@@ -66,6 +70,25 @@ _NF4_TRANSIENTS = {
     (2, True, False, True): (22, 10, 8, 10),
     (2, True, True, False): (44, 28, 23, 12),
     (2, True, True, True): (44, 24, 23, 12),
+}
+
+# With DoRA, by compute width, autocast and checkpointing: forward, backward; and in an evaluation,
+# by the first two. Each is the larger of two sums, in bytes an element of the hidden state and of
+# d^2: where a norm is taken there is the adapter's matrix as large as the weights', made from one
+# as large as the identity. Read off traces with all four projections adapted.
+_DoraBytes = tuple[tuple[float, float], tuple[float, float]]
+_DORA_TRANSIENTS: dict[tuple[int, bool, bool], tuple[_DoraBytes, _DoraBytes]] = {
+    (4, False, False): (((0, 112.6), (24.5, 57)), ((20, 1), (20, 1))),
+    (4, False, True): (((32.6, 80), (108, 16)), ((4, 112.4), (32, 20))),
+    (2, False, False): (((0, 56.4), (12.3, 28.4)), ((10, 0.5), (10, 0.5))),
+    (2, False, True): (((16.3, 40), (54, 8)), ((2, 56.2), (16, 10))),
+    (2, True, False): (((18, 104.5), (44, 49)), ((50, -7.5), (50, -7.5))),
+    (2, True, True): (((36, 96), (90, 16)), ((28, 104.3), (46.7, 44.5))),
+}
+_DORA_EVALUATION: dict[tuple[int, bool], _DoraBytes] = {
+    (4, False): ((44, 80), (116, 18.5)),
+    (2, False): ((22, 40), (58, 9.3)),
+    (2, True): ((44, 100), (98, 21)),
 }
 
 Shapes = tuple[tuple[tuple[int, ...], int], ...]
@@ -267,11 +290,14 @@ class Gpt2Step:
                 f"{count:,} x {width} bytes{share}",
             )
         quantized = self.model.n_layer * self.block_matrices
+        each = _NF4_BYTES
+        if self.recipe.quantization == "int8":
+            each = 1 + _INT8_SCALES * self.model.n_embd / self.block_matrices
         return _term(
             "parameters",
-            quantized * _NF4_BYTES + (count - quantized) * width,
-            f"{quantized:,} in NF4 x {_NF4_BYTES:.3f} bytes + the other {count - quantized:,} x "
-            f"{width}",
+            quantized * each + (count - quantized) * width,
+            f"{quantized:,} in {self.recipe.quantization} x {each:.3f} bytes + the other "
+            f"{count - quantized:,} x {width}",
         )
 
     @property
@@ -400,8 +426,10 @@ class Gpt2Step:
             extra += self.compute
         if drops:
             extra += sum(PROJECTIONS[path][0] for path in self.adapted)
-        if self.recipe.use_dora:  # the base's product and the adapter's, which it scales
-            extra += 2 * self.compute * sum(PROJECTIONS[path][1] for path in self.adapted)
+        if self.recipe.use_dora:
+            # The base's product and the adapter's, which it scales; the former after an fp32 bias.
+            width = self.compute + (4 if self.autocast else self.compute)
+            extra += width * sum(PROJECTIONS[path][1] for path in self.adapted)
         return extra
 
     @property
@@ -735,20 +763,21 @@ class Gpt2Step:
             return _term(
                 "backward of a block", needed, f"{needed / self.nd:.3g} bytes x {self.nd:,}"
             )
+        copy = e if self.autocast or drop else 0  # autocast's, or dropout's
         if self.recipe.fused_gelu:
-            # At the block's last product: the gradient that came, its copy (autocast's, or
-            # dropout's), and that of GELU's output; the block's own output is gone.
-            copy = e if self.autocast or drop else 0
+            # At the block's last product: the gradient that came, its copy, and that of GELU's
+            # output; the block's own output is gone.
             per_token = copy + 4 * e - drop
         else:
             # Read off traces: within gelu_new, when that gradient has gone where it is added.
             per_token = {4: 32, 2: 48 if self.autocast else 16}[e] - drop
-        weights: float = 4 * e  # the gradient of that product's matrix
+        weights = 4 * e  # the gradient of that product's matrix
         if not self.recipe.fused_gelu and self.accumulates:
             weights -= 4 * self.weight
-        if self.released:  # that gradient as wide as the weights, while they are stepped
-            weights = max(weights, 4 * (self.weight + self._step_bytes))
         needed = per_token * self.nd + weights * self.model.n_embd**2
+        if self.released:  # that gradient as wide as the weights, while they are stepped
+            stepped = 4 * (self._step_bytes + (0 if self.accumulates else self.weight))
+            needed = max(needed, copy * self.nd + stepped * self.model.n_embd**2)
         if checkpointed:
             # At the end of the recomputation: the gradient, the product, dropout's result, the sum.
             again = self.stream + e + self.stream + (e if drop else 0)
@@ -765,22 +794,28 @@ class Gpt2Step:
         key = self.compute, self.autocast, checkpointed, recipe.lora_dropout > 0
         # Under checkpointing and autocast the peak is where a mask is made, otherwise where it has
         # been used, or before.
+        forward_drop = 0 if checkpointed else -drop
         backward_drop = drop if checkpointed and self.autocast else -drop
+        if recipe.use_dora:
+            transients = _DORA_TRANSIENTS[self.compute, self.autocast, checkpointed]
+            dequantised = 4 * self.model.n_embd**2 * self.compute
+            matrix = dequantised if recipe.finetuning == "qlora" else 0
+            return (
+                self._dora_bytes(transients[0]) + forward_drop * self.nd + matrix,
+                self._dora_bytes(transients[1]) + backward_drop * self.nd + matrix,
+            )
         if recipe.finetuning == "lora":
             forward, backward = _ADAPTER_TRANSIENTS[key]
-            return (
-                (forward - (0 if checkpointed else drop)) * self.nd,
-                (backward + backward_drop) * self.nd,
-            )
+            return (forward + forward_drop) * self.nd, (backward + backward_drop) * self.nd
         forward, backward, forward_with_matrix, backward_with_matrix = _NF4_TRANSIENTS[key]
         matrix = 4 * self.model.n_embd**2 * self.compute
         return (
-            max(
-                (forward - (0 if checkpointed else drop)) * self.nd,
-                forward_with_matrix * self.nd + matrix,
-            ),
+            max((forward + forward_drop) * self.nd, forward_with_matrix * self.nd + matrix),
             max((backward - drop) * self.nd, backward_with_matrix * self.nd + matrix),
         )
+
+    def _dora_bytes(self, alternatives: _DoraBytes) -> float:
+        return max(each * self.nd + more * self.model.n_embd**2 for each, more in alternatives)
 
     def _embedding(self) -> list[MemoryTerm]:
         if not self.full:
@@ -796,22 +831,7 @@ class Gpt2Step:
             ]
         sums = "the head's, and the embedding's to be added to it"
         if self.released:
-            # The earlier micro batches' own sums are there too.
-            summed = (3 if self.accumulates else 2) * self.weight
-            step = self.weight + self._step_bytes
-            return [
-                *self._outputs(),
-                _term(
-                    "embedding gradient",
-                    max(summed * self.head + self.stream * self.nd, step * self.head),
-                    f"{self.head:,} x {summed} bytes, {sums}; or {step:g} while it is stepped",
-                ),
-                _term(
-                    "gradients",
-                    self.weight * self.model.n_positions * self.model.n_embd,
-                    "of the positions",
-                ),
-            ]
+            return self._released_embedding(sums)
         return [
             self.all_gradients("all that the step makes"),
             *self.gathered(blocks=0),
@@ -822,6 +842,21 @@ class Gpt2Step:
                 f"{self.head:,} x {self.weight} bytes, {sums}",
             ),
             _term("gradient of the input", self.stream * self.nd, f"{self.nd:,} x {self.stream}"),
+        ]
+
+    def _released_embedding(self, sums: str) -> list[MemoryTerm]:
+        step = self.weight + self._step_bytes
+        width = 2 * self.weight
+        largest = max(width * self.head + self.stream * self.nd, step * self.head)
+        return [
+            # Of a micro batch before the last one, after which they are kept.
+            *self.held_gradients(),
+            *self._outputs(),
+            _term(
+                "embedding gradient",
+                largest,
+                f"{self.head:,} x {width} bytes, {sums}; or {step:g} while it is stepped",
+            ),
         ]
 
     @property
@@ -871,7 +906,9 @@ class Gpt2Step:
         rows = min(self.recipe.loss_chunk_tokens, self.tokens) * self.model.n_embd
         head = 4 * (self.head + rows) if width == 2 else 0
         scoring = head + 4 * self.chunk_logits + width * self.nd
-        in_blocks = per_token * self.nd
+        in_blocks = float(per_token * self.nd)
+        if self.recipe.use_dora:
+            in_blocks = self._dora_bytes(_DORA_EVALUATION[kind])
         return [
             *self.gathered(blocks=2),
             *self._outputs(),

@@ -17,7 +17,7 @@ from accel_gpt2.data.tokenizer import TextTokenizer, load_saved_tokenizer
 from accel_gpt2.data.weights import weights_are_cached, weights_location
 from accel_gpt2.errors import UsageError, UserError
 from accel_gpt2.failures import machine_failure
-from accel_gpt2.recipe import Objective, TrainRecipe
+from accel_gpt2.recipe import Objective, TrainRecipe, dora_dropout_problem
 from accel_gpt2.train.bf16 import cast_to_bf16
 from accel_gpt2.train.causal import LanguageModel
 from accel_gpt2.train.classifier import DocumentClassifier
@@ -502,6 +502,8 @@ def _add_lora(model: Any, recipe: TrainRecipe) -> Any:
     # A 4-bit layer remembers what it stands for.
     layers = (getattr(module, "source_cls", type(module)) for module in model.modules())
     conv1d = Conv1D in layers
+    if recipe.use_dora and recipe.lora_dropout > 0 and conv1d and recipe.finetuning == "lora":
+        raise UsageError(dora_dropout_problem(recipe))
     targets: Any = list(recipe.lora_target_modules)
     if not targets:
         targets = list(_GPT2_PROJECTIONS) if conv1d else "all-linear"

@@ -56,11 +56,12 @@ def _of_the_library(groups: list[dict[str, Any]], recipe: TrainRecipe) -> Optimi
                     f"optimizer = {name!r} needs bitsandbytes, which is not installed; type "
                     "`pip install bitsandbytes`, or give --optimizer adamw."
                 ) from None
-            build: Callable[..., Optimizer] = getattr(optim, _BITSANDBYTES[name])
+            build: Callable[..., Optimizer] = getattr(optim, BITSANDBYTES[name])
             return build(groups, lr=recipe.learning_rate, betas=betas, eps=recipe.adam_epsilon)
 
 
-_BITSANDBYTES = {
+# Its classes by our names.
+BITSANDBYTES = {
     "adamw_8bit": "AdamW8bit",
     "adamw_paged": "PagedAdamW",
     "adamw_8bit_paged": "PagedAdamW8bit",

@@ -54,6 +54,39 @@ _CORNERS: tuple[dict[str, object], ...] = (
 )
 
 
+_CHECKPOINTED: dict[str, object] = {"gradient_checkpointing": True}
+_RELEASED: dict[str, object] = {"release_gradients": True, "max_grad_norm": 0.0}
+_DORA: dict[str, object] = {"finetuning": "lora", "use_dora": True, "stock_loss": False}
+
+# Choices that the drawn configurations have none of: each changed by hand from a drawn one.
+_OPTIONS: tuple[dict[str, object], ...] = (
+    {**_CHECKPOINTED, "mixed_precision": "no", "checkpointed_layers": 1},
+    {**_CHECKPOINTED, "mixed_precision": "bf16", "checkpointed_layers": 2, "finetuning": "full"},
+    {**_CHECKPOINTED, "mixed_precision": "pure_bf16", "checkpointed_layers": 1, "tokens": 4096},
+    {**_CHECKPOINTED, "mixed_precision": "bf16", "checkpointed_layers": 2, "finetuning": "lora"},
+    {**_RELEASED, "mixed_precision": "no", "finetuning": "full", "stock_loss": False},
+    {**_RELEASED, **_CHECKPOINTED, "mixed_precision": "pure_bf16", "finetuning": "full",
+     "optimizer": "adamw_8bit", "accumulates": False, "stock_loss": False},
+    {**_RELEASED, **_CHECKPOINTED, "mixed_precision": "bf16", "finetuning": "full",
+     "checkpointed_layers": 1, "stock_loss": False, "accumulates": True},
+    {**_RELEASED, "mixed_precision": "bf16", "optimizer": "adafactor", "stock_loss": False,
+     "finetuning": "full", "tokens": 256},
+    {**_DORA, "mixed_precision": "no", "tokens": 512, "lora_dropout": 0.0},
+    {**_DORA, "mixed_precision": "bf16", "tokens": 4096, "lora_dropout": 0.0},
+    {**_DORA, **_CHECKPOINTED, "mixed_precision": "bf16", "tokens": 1024, "lora_dropout": 0.0},
+    {**_DORA, **_CHECKPOINTED, "mixed_precision": "pure_bf16", "tokens": 2048,
+     "lora_dropout": 0.0},
+    {"mixed_precision": "bf16", "optimizer": "adamw_paged", "finetuning": "full"},
+    {"mixed_precision": "pure_bf16", "optimizer": "adamw_8bit_paged", "finetuning": "full"},
+)  # fmt: skip
+
+
+def options(*, n_layer: int) -> list[tuple[TrainRecipe, TraceRequest]]:
+    """The configurations of options that save memory; all sizes at their real width."""
+    draw = random.Random(6)
+    return [_configuration(given, draw, n_layer=n_layer) for given in _OPTIONS]
+
+
 def configurations(count: int, *, n_layer: int) -> list[tuple[TrainRecipe, TraceRequest]]:
     """The corners, and then drawn ones, always the same; all sizes at their real width."""
     draw = random.Random(5)
@@ -62,6 +95,9 @@ def configurations(count: int, *, n_layer: int) -> list[tuple[TrainRecipe, Trace
         given = dict(_CORNERS[number]) if number < len(_CORNERS) else {}
         found.append(_configuration(given, draw, n_layer=n_layer))
     return found
+
+
+_NEVER_DRAWN = ("checkpointed_layers", "release_gradients", "max_grad_norm", "use_dora")
 
 
 def _configuration(
@@ -95,6 +131,7 @@ def _configuration(
         micro_batch_tokens=tokens,
         global_batch_tokens=None,
         global_batch_size=max(1, tokens // min(length, tokens)) * (2 if accumulates else 1),
+        **{key: given[key] for key in _NEVER_DRAWN if key in given},  # type: ignore[arg-type]
     )
     request = TraceRequest(
         recipe=recipe,

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from .memory_grid import compare, configurations
+from .memory_grid import compare, configurations, options
 
 COUNT, N_LAYER = 64, 3
 
@@ -24,6 +24,17 @@ def test_closed_form_and_trace_agree() -> None:
     for comparison in comparisons:
         assert comparison.traced.phases.keys() <= set(comparison.planned_bytes)
         errors[str(comparison.request)] = comparison.relative_error
+    worst = max(errors, key=lambda key: abs(errors[key]))
+    assert abs(errors[worst]) <= LARGEST, f"{errors[worst]:+.2%} in {worst}"
+    assert statistics.mean(map(abs, errors.values())) <= MEAN
+
+
+@pytest.mark.slow
+def test_options_that_save_memory_agree_too() -> None:
+    """Selective checkpointing, released gradients, DoRA and paged states, by the same bars."""
+    comparisons = compare(options(n_layer=N_LAYER))
+    assert len(comparisons) == 14
+    errors = {str(x.request): x.relative_error for x in comparisons}
     worst = max(errors, key=lambda key: abs(errors[key]))
     assert abs(errors[worst]) <= LARGEST, f"{errors[worst]:+.2%} in {worst}"
     assert statistics.mean(map(abs, errors.values())) <= MEAN

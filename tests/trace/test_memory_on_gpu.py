@@ -20,9 +20,9 @@ def test_plans_hold_against_the_allocator_of_a_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*-memory-on-cpu.json")
     found = json.loads(path.read_text())
-    assert found["summary"]["num_cases"] == 7
+    assert found["summary"]["num_cases"] == 10
     assert found["summary"]["missed"] == found["summary"]["left_out"] == []
     assert max(abs(case["error"]) for case in found["cases"]) < 3e-3
     table = path.with_suffix(".md").read_text()
-    assert "0 of 7 missed" in table
+    assert "0 of 10 missed" in table
     assert all(f"| {case['label']} |" in table for case in found["cases"])
