@@ -335,6 +335,7 @@ _OTHER: dict[str, Any] = {
     "mixed_precision": "bf16",
     "bf16_rounding": "kahan",
     "profile": "cpu",
+    "placement": "sequential",
     "gradient_checkpointing": True,
     "use_dora": True,
     "quantization": "int8",
