@@ -77,6 +77,7 @@ def looking_on(run: Path, act: Callable[[list[ClassStatus]], bool]) -> Iterator[
                 time.sleep(0.02)
         except BaseException as error:
             failures.append(error)
+            kill_children(run)  # one of them may have been stopped, and would be waited for
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -96,6 +97,12 @@ def children_of(run: Path) -> list[int]:
         x for x in alive
         if psutil.pid_exists(x) and psutil.Process(x).status() != psutil.STATUS_ZOMBIE
     ]  # fmt: skip
+
+
+def kill_children(run: Path) -> None:
+    """Whatever a failing test has left."""
+    for child in children_of(run):
+        os.kill(child, signal.SIGKILL)
 
 
 def wait_until(happens: Callable[[], bool], seconds: float = 120.0) -> None:
@@ -257,6 +264,7 @@ def test_when_the_parent_is_killed_its_children_save_and_nobody_else_begins_befo
     finally:
         parent.kill()
         parent.wait()
+        kill_children(run)
     newest = {
         path.parent.name: max(int(x.name.split("-")[1]) for x in path.parent.glob("checkpoint-*"))
         for path in run.glob("class-*/checkpoint-*")
