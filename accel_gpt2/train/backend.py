@@ -95,6 +95,9 @@ class Backend(ABC):
     def load_optimizer_state(self, saved: Mapping[str, Any]) -> None:
         """Go on from what `gathered_optimizer_state` gave, on any strategy."""
 
+    def close(self) -> None:  # noqa: B027 -- most have nothing to do
+        """Let go of what would outlive the training of this model; nothing of it is used again."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:

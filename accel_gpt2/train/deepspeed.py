@@ -206,6 +206,10 @@ class DeepSpeedBackend(Backend):
             for key in _MOMENTS:
                 self._scatter(parameter, states[index][key], key)
 
+    def close(self) -> None:
+        # The hooks on its gradients would keep the model, and pinned memory stays pinned.
+        self.model.destroy()
+
     def _link_moments(self) -> None:
         """Have each parameter of ZeRO-1 and 2 know where its moments are."""
         if not self._zero3:

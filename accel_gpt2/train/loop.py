@@ -456,6 +456,7 @@ def train_steps(
     if accelerator.is_main_process and alone:
         here = TrainedHere(gpu=gpu, device=device, num_processes=world_size)
         record_training(plain_model, recipe, lengths, timer, here)
+    backend.close()
     return state
 
 
