@@ -14,8 +14,7 @@ class CloudSpec:
 
     `gpus` maps catalog GPUs to the engine's names. `has_buckets` says whether a bucket can be
     mounted on the machine; checkpoints in it outlive the machine, so that spot machines can be
-    recovered. `tier` is the price tier that the engine rents. `names_machines` says whether the
-    price list's `sku` is what the engine calls the machine. `boot_seconds` are billed before any
+    recovered. `tier` is the price tier that the engine rents. `boot_seconds` are billed before any
     script of ours runs.
     """
 
@@ -25,7 +24,6 @@ class CloudSpec:
     has_buckets: bool
     store: str | None = None  # SkyPilot's name of the provider's own buckets
     tier: str = "on-demand"
-    names_machines: bool = True
     boot_seconds: int = 180
 
 
@@ -44,6 +42,9 @@ _SKY_GPUS = MappingProxyType(
         "v100": "V100",
     }
 )
+# SkyPilot calls both of Lambda's H100 "H100", and takes the cheaper one. It could be told the
+# machine instead, but then it heeds no `max_hourly_cost` (seen in dry runs).
+_LAMBDA_GPUS = MappingProxyType({k: v for k, v in _SKY_GPUS.items() if k != "h100-80"})
 _RUNPOD_GPUS = MappingProxyType(
     {
         "a100-80": "A100-80GB-SXM",
@@ -61,7 +62,7 @@ _HF_FLAVORS = MappingProxyType(
 
 _ROWS = (
     # Lambda machines cannot be stopped, only terminated; SkyPilot has no storage there.
-    CloudSpec(provider="lambda", engine="skypilot", gpus=_SKY_GPUS, has_buckets=False),
+    CloudSpec(provider="lambda", engine="skypilot", gpus=_LAMBDA_GPUS, has_buckets=False),
     CloudSpec(provider="aws", engine="skypilot", gpus=_SKY_GPUS, has_buckets=True, store="s3"),
     CloudSpec(provider="gcp", engine="skypilot", gpus=_SKY_GPUS, has_buckets=True, store="gcs"),
     CloudSpec(provider="azure", engine="skypilot", gpus=_SKY_GPUS, has_buckets=True, store="azure"),
@@ -71,7 +72,6 @@ _ROWS = (
         gpus=_RUNPOD_GPUS,
         has_buckets=False,
         tier="secure",  # SkyPilot rents no others
-        names_machines=False,
     ),
     CloudSpec(
         provider="hf-jobs",

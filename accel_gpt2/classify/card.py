@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 
 from accel_gpt2.catalog.datasets import DATASETS
+from accel_gpt2.classify.spending import spent_usd
 from accel_gpt2.recipe import Objective, TrainRecipe
 from accel_gpt2.units import format_count, format_seconds
 
@@ -25,6 +26,9 @@ _TEMPLATE = """\
 - Text: {{ plan.data_source }}; at most {{ recipe.max_length }} tokens of a document are read
 {%- if licence %}
 - Licence of the text: {{ licence }}
+{%- endif %}
+{%- if spent_usd %}
+- Paid for machines until now: ${{ "%.2f"|format(spent_usd) }}, as `spent.json` says
 {%- endif %}
 - Seed {{ recipe.seed }}; the whole recipe is in `recipe.yaml`, versions in `environment.json`
 
@@ -129,6 +133,7 @@ def write_card(
         metrics=metrics,
         licence=None if row is None else row.licence,
         directory=run_directory,
+        spent_usd=spent_usd(run_directory),
         count=format_count,
         duration=format_seconds,
     )

@@ -4,6 +4,7 @@ Whoever trains the parts goes through this: one after another (`fit`), each in a
 (`placed_child`), or all on one base (`shared_base`).
 """
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -31,7 +32,7 @@ from accel_gpt2.classify.standing import Standing, part_identity
 from accel_gpt2.classify.status import ClassStatus, RunStatus
 from accel_gpt2.classify.validation import joint_accuracy
 from accel_gpt2.durable import write_json
-from accel_gpt2.errors import StoppedEarly
+from accel_gpt2.errors import StoppedEarly, UserError
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.checkpoint import TrainState, checkpoint_path, read_state, read_weights
 from accel_gpt2.train.loop import ClassTraining, train_class
@@ -79,6 +80,7 @@ class DirectoryRecords:
         self._spent = spent
         self._spent_noted = time.monotonic()
         self._recipe = recipe
+        self._plan: dict[str, Any] = {}
         rows = [
             _status(part, standing, total_steps)
             for part, standing, total_steps in zip(parts, standings, steps, strict=True)
@@ -95,6 +97,10 @@ class DirectoryRecords:
         for row in self.status.classes:
             if row.state == "training":
                 self.status.ended(row.index, "stopped" if stopped else "failed")
+        if self._plan:  # the card has what it cost
+            with contextlib.suppress(UserError, OSError):  # a full disk is told elsewhere
+                self._note_spent()
+                write_card(self._run_directory, self._recipe, self._plan, metrics=None)
 
     def log(self, row: dict[str, Any]) -> None:
         append_json_line(self._run_directory / LOG, row)
@@ -112,7 +118,7 @@ class DirectoryRecords:
     def planned(self, recipe: TrainRecipe, plan: dict[str, Any]) -> None:
         if recipe != self._recipe:
             write_recipe(self._run_directory, recipe)
-        self._recipe = recipe
+        self._recipe, self._plan = recipe, plan
         write_json(self._run_directory / "plan.json", plan)
         write_card(self._run_directory, recipe, plan, metrics=None)
 

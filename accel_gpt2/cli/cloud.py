@@ -123,7 +123,7 @@ def launch(
     of the budget are spent, and the machine is taken down when it ends. Exit codes are those of the
     training.
     """
-    from accel_gpt2.cloud.engine import Wish, find_cloud
+    from accel_gpt2.cloud.engine import Wish, find_cloud, offered_gpu
     from accel_gpt2.render.cloud import kept_minutes
 
     row = find_cloud(provider)
@@ -149,16 +149,18 @@ def launch(
             "(`hf buckets create <name>` makes one)."
         )
     layers, recipe = _given(options)
-    option = None if hours is not None else _planned(layers, row.provider, gpu, num_gpus)
     wish = Wish(
         cloud=row,
         gpu=gpu,
         num_gpus=num_gpus,
-        run_seconds=_run_seconds(hours, option),
+        run_seconds=1,
         spot=spot,
         usd_per_hour=usd_per_hour,
         kept_seconds=60 * kept_minutes(row, bucket),
     )
+    gpu = offered_gpu(wish)
+    option = None if hours is not None else _planned(layers, row.provider, gpu, num_gpus)
+    wish = dataclasses.replace(wish, gpu=gpu, run_seconds=_run_seconds(hours, option))
     engine = engine_of(row.engine)
     prepared = _prepare(options, recipe, option, engine, wish, budget, bucket, package)
     if json:
@@ -216,13 +218,8 @@ def _planned(layers: "list[Layer]", provider: str, gpu: str, num_gpus: int) -> "
 
     if provider == "local":
         profile = planned_profile("auto", detect_hardware)
-    elif gpu in GPUS:
-        profile = rented_profile(gpu, num_gpus)
     else:
-        from accel_gpt2.catalog.prices import gpu_variants
-
-        gpu_variants(gpu)  # says that there is none, and the nearest
-        raise AssertionError(gpu)
+        profile = rented_profile(gpu, num_gpus)
     plan = plan_here(layers, profile, depth="none")
     if plan is None:
         raise UsageError("The shape of this model is not known here: give --hours.")
@@ -277,7 +274,6 @@ def _prepare(
         cloud=wish.cloud,
         gpu=quote.gpu,
         num_gpus=wish.num_gpus,
-        machine=quote.sku if wish.cloud.names_machines and quote.num_gpus == 1 else None,
         usd_per_hour=round(quote.usd_per_hour, 6),
         budget_usd=budget,
         words=tuple(words),
@@ -418,8 +414,8 @@ def _usd(amount: float) -> str:
 def _enough(estimate: float) -> str:
     """A budget in which an estimate fits, with the part that is kept back; a cent at least.
 
-    >>> _enough(5.5)
-    '6.33'
+    >>> _enough(5.0)
+    '5.75'
     """
     return f"{max(0.01, estimate * 1.15):.2f}"
 

@@ -126,6 +126,15 @@ def listed_offer(wish: Wish) -> GpuPrice:
     )
 
 
+def offered_gpu(wish: Wish) -> str:
+    """The variant of the GPU that a provider rents, by which a training is planned.
+
+    Raises:
+        UsageError: when the engine does not rent it, or only with more GPUs.
+    """
+    return wish.gpu if wish.cloud.engine == "local" else listed_offer(wish).gpu
+
+
 def _price(offer: GpuPrice, wish: Wish) -> float:
     price = offer.spot_usd_per_gpu_hour if wish.spot else offer.usd_per_gpu_hour
     assert price is not None, "is_offered has looked"

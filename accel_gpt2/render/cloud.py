@@ -51,7 +51,6 @@ class CloudJob:
     cloud: CloudSpec
     gpu: str
     num_gpus: int
-    machine: str | None  # the provider's name of it, where the engine knows it
     usd_per_hour: float
     budget_usd: float
     words: tuple[str, ...]
@@ -214,15 +213,13 @@ def sky_yaml(job: CloudJob, *, header: str = "") -> str:
     resources: dict[str, Any] = {
         "infra": job.cloud.provider,
         "accelerators": f"{job.cloud.gpus[job.gpu]}:{job.num_gpus}",
-        # The dearest machine that may be taken, whatever the catalog says today.
+        # The dearest machine that may be taken. It has no effect beside an `instance_type`.
         "max_hourly_cost": math.ceil(job.usd_per_hour * 100) / 100,
         "use_spot": job.spot,
         # Not `stop`, which Lambda cannot; not waiting for a forgotten SSH session.
         "autostop": {"idle_minutes": job.kept_minutes, "down": True, "wait_for": "jobs"},
         "disk_size": 100,
     }
-    if job.machine is not None:
-        resources["instance_type"] = job.machine
     if job.spot:
         resources["job_recovery"] = {
             "strategy": "FAILOVER",
@@ -284,7 +281,6 @@ _EXAMPLE = CloudJob(
     cloud=CLOUDS["lambda"],
     gpu="a100-40",
     num_gpus=1,
-    machine=None,
     usd_per_hour=1.0,
     budget_usd=10.0,
     words=("--model=gpt2-large", "--dataset=imdb"),
@@ -322,7 +318,6 @@ def sky_files() -> dict[str, str]:
             _EXAMPLE,
             cloud=cloud,
             gpu=offer.gpu,
-            machine=offer.sku if cloud.names_machines else None,
             usd_per_hour=offer.usd_per_gpu_hour,
         )
         header = _HEADER.format(

@@ -182,6 +182,7 @@ def test_a_budget_is_for_all_starts(texts_file: Path, tmp_path: Path) -> None:
     start(tmp_path / "before", max_time_seconds=0.001)  # imports take seconds the first time
     first = start(budget_usd=4.0)
     assert first > 0
+    assert "- Paid for machines until now: $" in (run / "README.md").read_text()
     (spent,) = read_ledger(run)
     assert 1 < spent.seconds < 10
     assert start(budget_usd=4.0) == first  # spent already

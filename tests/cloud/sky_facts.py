@@ -36,9 +36,8 @@ def write_catalogs(offers: list[dict[str, object]]) -> None:
                 gpu, count, price = offer["gpu"], offer["num_gpus"], offer["usd_per_hour"]
                 info = {"Name": gpu, "Count": count, "MemoryInfo": {"SizeInMiB": 40960}}
                 gpu_info = repr({"Gpus": [info], "TotalGpuMemoryInMiB": 40960})
-                machine = offer["machine"] or f"{count}x_{gpu}_SECURE"
                 rest = [region, gpu_info, "", zone]
-                writer.writerow([machine, gpu, count, 12, 85, price, *rest])
+                writer.writerow([offer["machine"], gpu, count, 12, 85, price, *rest])
 
 
 def main() -> None:
@@ -70,4 +69,5 @@ def main() -> None:
     sys.stdout.write("FACTS " + json.dumps(facts) + "\n")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -32,7 +32,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, objec
                     "gpu": cloud.gpus[offer.gpu],
                     "num_gpus": offer.min_gpus,
                     "usd_per_hour": (offer.usd_per_gpu_hour or 0) * offer.min_gpus,
-                    "machine": offer.sku if cloud.names_machines else None,
+                    "machine": offer.sku.replace(" ", "-"),
                 }
             )
     (folder / "offers.json").write_text(json.dumps(offers))
