@@ -45,8 +45,8 @@ _YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 
 @app.callback()
-def cloud() -> None:
-    """Train on a rented GPU within a budget; see, follow and end what runs there."""
+def cloud(debug: DebugOption = False) -> None:
+    """Train on a rented GPU, within a budget."""
 
 
 def engine_of(name: str) -> "Engine":

@@ -88,17 +88,17 @@ def _resumed_at(run: Path) -> list[int]:
 
 
 def _stopped_by_budget(work: Work) -> float:
-    """Launch with ever more money until there is a training for it to stop; what it was."""
-    for budget_usd in (0.2, 0.4, 0.8, 1.6):
+    """Launch with ever more money until a training is there to stop by itself; what it was."""
+    for budget_usd in (0.3, 0.6, 1.2):
         ended = work.launch(budget_usd)
         assert ended.returncode == 4, ended.stderr
-        if _checkpoints(work.run):
-            assert "% of the budget of $" in ended.stderr
+        # With little time, `timeout` may come between: the trainer asks after each step.
+        if _checkpoints(work.run) and "95% of the budget of $" in ended.stderr:
             assert re.search(r"Stopped by the budget, saved: about \$\d\.\d\d of \$", ended.stderr)
             return budget_usd
         for folder in ("runs", "kept"):
             shutil.rmtree(work.folder / folder, ignore_errors=True)
-    raise AssertionError("a machine on which nothing begins to train in 160 s")
+    raise AssertionError("a machine on which nothing trains in two minutes")
 
 
 @pytest.mark.slow
