@@ -18,8 +18,7 @@ class ShardingStrategy:
 
     `title` says it in one line. `zero_stage` is DeepSpeed's, 0 elsewhere. `bucket_elements` are the
     gradients (and from stage 3 on the parameters) that are exchanged at once; 0 where the backend
-    has no such buffer of ours to size. `trained` says whether this version's `train` runs it: plans
-    predict the others too, and recommend only what runs.
+    has no such buffer of ours to size.
     """
 
     name: StrategyName
@@ -32,7 +31,6 @@ class ShardingStrategy:
     offloads_optimizer: bool = False
     offloads_parameters: bool = False
     bucket_elements: int = 0
-    trained: bool = False
     source: str
 
     @property
@@ -62,14 +60,12 @@ _ROWS = (
         name="single",
         title="The whole model in one process.",
         backend="none",
-        trained=True,
         source="one process, one device",
     ),
     ShardingStrategy(
         name="ddp",
         title="The whole model on each GPU; gradients are averaged.",
         backend="ddp",
-        trained=True,
         source="torch.nn.parallel.DistributedDataParallel, buckets of 25 MiB",
     ),
     ShardingStrategy(
@@ -79,7 +75,6 @@ _ROWS = (
         shards_parameters=True,
         shards_gradients=True,
         shards_optimizer=True,
-        trained=True,
         source="torch.distributed.fsdp.fully_shard on every block, resharded after forward",
     ),
     ShardingStrategy(

@@ -67,7 +67,7 @@ def plan(
             raise UsageError(f"--table prints one table for everything; leave out {names}.")
         show_table(requirements_table(calibration=measured_here()), json=json)
         return
-    made = make_plan(options, prefer=prefer, depth="all" if show_all else "trained")
+    made = make_plan(options, prefer=prefer, depth="all" if show_all else "some")
     if not covers(made.asked.recipe, made.model):
         say("No formula covers this: tracing a step, which takes half a minute the first time ...")
         made = traced(made)
@@ -91,7 +91,7 @@ def make_plan(
     options: TrainOptions,
     *,
     prefer: Preference = "faithful",
-    depth: "Depth" = "trained",
+    depth: "Depth" = "some",
     detect: Callable[[], DetectedHardware] = detect_hardware,
 ) -> "RunPlan":
     """What `train` would do with these options, on a machine that need not be this one.

@@ -32,7 +32,6 @@ _COLOURS = ("blue", "dark_orange", "green", "magenta", "cyan", "yellow", "red")
 def show_plan(plan: RunPlan, *, command: str, everything: bool) -> None:
     """Data: the plan for a reader, as wide as the terminal; plain where stdout is none."""
     option = plan.recommended or plan.smallest
-    assert option is not None, "one process per GPU is always planned"
     _print(_wrapped(_title(plan)), style="bold")
     if plan.recommended is None:
         _print(f"\nNothing that was asked for fits. Nearest: {option.label}", style="bold red")
@@ -45,7 +44,6 @@ def show_plan(plan: RunPlan, *, command: str, everything: bool) -> None:
         _print_rejected("All other candidates, best first", plan.rejected)
     else:
         _print_rejected("Next best", plan.alternatives[:_FEW])
-        _print_rejected("Would be better", plan.predicted[:_FEW])
         _print_rejected("Rejected", plan.failures)
     if plan.recommended is not None:
         _print("\nRun it:", style="bold")
@@ -203,7 +201,6 @@ def explain(plan: RunPlan, name: str) -> None:
         UsageError: when no term of the recommended recipe's memory or time is called so.
     """
     option = plan.recommended or plan.smallest
-    assert option is not None, "one process per GPU is always planned"
     memory, time = option.memory, option.time
     places: list[tuple[str, Sequence[MemoryTerm | TimeTerm]]] = [
         *((phase.name, phase.terms) for phase in memory.phases),
@@ -244,7 +241,6 @@ def plan_document(plan: RunPlan, *, command: str, everything: bool) -> dict[str,
     least. Of what was rejected `everything` lists each candidate, else one of each kind.
     """
     option = plan.recommended or plan.smallest
-    assert option is not None, "one process per GPU is always planned"
     rejected = plan.rejected if everything else plan.failures
     change = plan.nearest
     return {
@@ -256,7 +252,6 @@ def plan_document(plan: RunPlan, *, command: str, everything: bool) -> dict[str,
         "residuals": {name: dataclasses.asdict(x) for name, x in plan.residuals.items()},
         "command": command if plan.recommended is not None else None,
         "alternatives": [_rejected_document(x) for x in plan.alternatives],
-        "predicted": [_rejected_document(x) for x in plan.predicted],
         "rejected": [_rejected_document(x) for x in rejected],
         "nearest": None if change is None else {"change": change.change, **_summary(change.option)},
     }
@@ -427,10 +422,7 @@ def _cross_sentence(option: Option | None) -> str:
     if option is None:
         return "does not fit with any recipe."
     verdict = "fits" if option.verdict == "fits" else "is tight"
-    return (
-        f"{verdict} with {option.label}: {_of_usable(option)}"
-        f"{'' if option.trained else '; predicted'}."
-    )
+    return f"{verdict} with {option.label}: {_of_usable(option)}."
 
 
 def _table_document(row: TableRow) -> dict[str, object]:

@@ -125,8 +125,6 @@ def asked_strategy(name: str, profile: HardwareProfile) -> ShardingStrategy | No
         return None
     strategy = STRATEGIES[name]
     num_processes = max(1, profile.num_gpus)
-    if not strategy.trained:
-        raise UsageError(f"--strategy {name}: this version does not run it yet.")
     if num_processes < strategy.smallest_world_size:
         raise UsageError(
             f"--strategy {name} spreads a model over {strategy.smallest_world_size} GPUs or more, "
@@ -164,7 +162,6 @@ def plan_here(
             data=data,
             prefer=prefer,
             strategy=strategy,
-            scope="trained" if depth == "none" else "predicted",
             depth=depth,
             calibration=measured_here(),
         )
@@ -175,7 +172,6 @@ def plan_here(
         data=data,
         prefer=prefer,
         strategy=strategy,
-        scope="trained",
         only_rounding=True,
         memory_of=cautious_memory,
     )
@@ -266,7 +262,6 @@ def does_not_fit(plan: RunPlan) -> str:
 
     Of a plan that recommends nothing.
     """
-    assert plan.smallest is not None
     sentence = (
         f"{plan.model.name} does not fit on {describe_profile(plan.profile)} as asked: with "
         f"{plan.smallest.label} it {shortage(plan.smallest, plan.profile)}."

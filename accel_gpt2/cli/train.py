@@ -171,7 +171,6 @@ def _planned(
         return resolve([unknown_model_layer(profile), *given]), []
     if plan.recommended is not None:
         return plan.recommended.resolved, []
-    assert plan.smallest is not None, "one process per GPU is always planned"
     smallest, model = plan.smallest, plan.model
     sentence = does_not_fit(plan)
     there = plan.profile.host_memory_bytes if profile.gpu is None else profile.gpu.memory_bytes
@@ -365,7 +364,6 @@ def _machine(choice: TrainChoice) -> str:
 def _outlook(plan: "RunPlan") -> str:
     """Memory and time in one line, and what did not fit where the recipe is a lesser one."""
     option = plan.recommended or plan.smallest
-    assert option is not None, "one process per GPU is always planned"
     usable = option.memory.usable_bytes
     there = "" if usable is None else f" of {format_bytes(usable)}"
     parts = [option.label, f"{format_bytes(option.device.expected)}{there} ({option.verdict})"]

@@ -65,7 +65,9 @@ def describe_recipe(recipe: TrainRecipe) -> str:
         return said
     if recipe.checkpointed_layers is None:
         return f"{said}, checkpointing"
-    blocks = "1 block" if recipe.checkpointed_layers == 1 else f"{recipe.checkpointed_layers} blocks"
+    blocks = (
+        "1 block" if recipe.checkpointed_layers == 1 else f"{recipe.checkpointed_layers} blocks"
+    )
     return f"{said}, {blocks} checkpointed"
 
 

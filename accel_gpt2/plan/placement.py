@@ -13,14 +13,10 @@ Placement = Literal["sequential", "per-gpu", "concurrent", "shared-base"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementSpec:
-    """One way; `trained` says whether this version's `train` runs it, else it is predicted only.
-
-    `speed` is of all classes together, against one after another on the same GPU.
-    """
+    """One way. `speed` is of all classes together, against one after another on the same GPU."""
 
     name: Placement
     title: str
-    trained: bool
     speed: float
     source: str
 
@@ -29,21 +25,18 @@ _ROWS = (
     PlacementSpec(
         name="sequential",
         title="one class after another",
-        trained=True,
         speed=1.0,
         source="one model at a time has the whole machine",
     ),
     PlacementSpec(
         name="per-gpu",
         title="one class per GPU",
-        trained=True,
         speed=1.0,
         source="processes that exchange nothing; more classes than GPUs queue",
     ),
     PlacementSpec(
         name="concurrent",
         title="all classes at once on each GPU",
-        trained=True,
         # They take turns on the same multiprocessors.
         speed=0.96,
         source="prismaquant #283: two processes on one GPU without MPS, 0.96 of one after another",
@@ -51,7 +44,6 @@ _ROWS = (
     PlacementSpec(
         name="shared-base",
         title="all classes' adapters on one base",
-        trained=True,
         # Stacked small micro batches are 1.3x as fast, where a start finds them so.
         speed=1.0,
         source="docs/benchmarks/2026-11-23-shared-base.md: micro batches in turn, 1.0 of one after "

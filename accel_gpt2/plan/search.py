@@ -44,15 +44,20 @@ from accel_gpt2.units import format_bytes, format_seconds
 
 _FAITHFUL: frozenset[Preference] = frozenset({"faithful", "quality"})
 
-# What is planned: what this version trains; also what it only predicts; and that recommended too.
-Scope = Literal["trained", "predicted", "recommend predicted"]
-
 # Where faithfulness comes first, what is planned below the first level that fits: all of it, what
-# this version trains, or nothing.
-Depth = Literal["all", "trained", "none"]
+# leaves the host's memory alone, or nothing.
+Depth = Literal["all", "some", "none"]
 
+# A recipe that contradicts itself is refused; what does not go together with it is unsupported.
 Why = Literal[
-    "refused", "does not fit", "not run yet", "less faithful", "tight", "slower", "larger"
+    "refused",
+    "unsupported",
+    "does not fit",
+    "not needed",
+    "less faithful",
+    "tight",
+    "slower",
+    "larger",
 ]
 
 
@@ -84,11 +89,6 @@ class Option:
         return self.resolved.recipe
 
     @property
-    def trained(self) -> bool:
-        """Whether this version's `train` runs it; the others are predicted."""
-        return self.strategy.trained and PLACEMENTS[self.placement].trained
-
-    @property
     def cost_usd(self) -> float | None:
         """Of the expected time, at the recipe's price of the whole machine."""
         price = self.recipe.price_usd_per_hour
@@ -113,14 +113,12 @@ class Option:
 class Rejected:
     """What is not recommended and the one reason, a clause.
 
-    `option` is None where a rule of recipes or of libraries stands against it. `trained` says
-    whether this version would run it.
+    `option` is None where a rule of recipes or of libraries stands against it.
     """
 
     label: str
     why: Why
     reason: str
-    trained: bool
     option: Option | None
 
 
@@ -136,8 +134,8 @@ class NearestChange:
 class RunPlan:
     """What would happen, and what else could: everything that `accel-gpt2 plan` shows.
 
-    `recommended` is None when nothing fits that this version trains; `nearest` then says what to
-    change, if anything helps. `smallest` needs least of all that could be recommended. `rejected`
+    `recommended` is None when nothing fits; `nearest` then says what to change, if anything helps.
+    `smallest` needs least of all that the host's memory allows. `rejected`
     are all candidates but the recommended one, best first. `data` is None where the data set has to
     be read first. `residuals` are what was measured on this device, over what is predicted for the
     recommended option without it.
@@ -149,32 +147,25 @@ class RunPlan:
     data: DataStatistics | None
     prefer: Preference
     recommended: Option | None
-    smallest: Option | None
+    smallest: Option
     rejected: tuple[Rejected, ...]
     nearest: NearestChange | None
     residuals: Mapping[Quantity, Residual]
 
     @property
     def alternatives(self) -> tuple[Rejected, ...]:
-        """The best of each other group that this version trains and that fits as well."""
-        return self._best_of_groups(trained=True)
-
-    @property
-    def predicted(self) -> tuple[Rejected, ...]:
-        """The best of each group that this version does not train, and that would be better."""
-        best = self.recommended
+        """The best of each other group that fits as well."""
+        mine = None if self.recommended is None else self.recommended.group
         return tuple(
             x
-            for x in self._best_of_groups(trained=False)
-            if x.option is not None
-            and (best is None or _rank(x.option, self.prefer) < _rank(best, self.prefer))
+            for x in _first_of_each_group(self.rejected)
+            if x.option is not None and x.option.group != mine and x.why != "does not fit"
         )
 
     @property
     def failures(self) -> tuple[Rejected, ...]:
-        """Of each group that this version trains, where nothing fits what needs least; and what
-        the rules of recipes refuse."""
-        failed = [x for x in self.rejected if x.trained and x.why in {"does not fit", "refused"}]
+        """Of each group where nothing fits what needs least; and recipes that are refused."""
+        failed = [x for x in self.rejected if x.why in {"does not fit", "refused"}]
         fitting = {x.option.group for x in self.alternatives if x.option is not None}
         if self.recommended is not None:
             fitting.add(self.recommended.group)
@@ -182,17 +173,6 @@ class RunPlan:
             x
             for x in _first_of_each_group(failed)
             if x.option is None or x.option.group not in fitting
-        )
-
-    def _best_of_groups(self, *, trained: bool) -> tuple[Rejected, ...]:
-        mine = None if self.recommended is None else self.recommended.group
-        return tuple(
-            x
-            for x in _first_of_each_group(self.rejected)
-            if x.option is not None
-            and x.trained is trained
-            and x.option.group != mine
-            and x.why != "does not fit"
         )
 
 
@@ -243,7 +223,6 @@ class _Situation:
     prefer: Preference
     placements: frozenset[Placement]
     strategy: ShardingStrategy | None
-    scope: Scope
     depth: Depth
     only_rounding: bool
     calibration: Calibration | None
@@ -260,7 +239,6 @@ def plan_run(
     prefer: Preference = "faithful",
     placements: Iterable[Placement] = tuple(PLACEMENTS),
     strategy: ShardingStrategy | None = None,
-    scope: Scope = "predicted",
     depth: Depth = "all",
     only_rounding: bool = False,
     calibration: Calibration | None = None,
@@ -270,7 +248,8 @@ def plan_run(
     """The recommended recipe for what was given on a machine, and why not another one.
 
     Faithful training comes first: full fine-tuning with fp32 weights and AdamW, then 8-bit states,
-    then pure bf16, then LoRA, then QLoRA. Within a level the fastest that fits wins, and of those
+    then pure bf16, then LoRA, then QLoRA; what steps on the host comes after all that does not.
+    Within a level the fastest that fits wins, and of those
     that are alike to 1% the one that leaves more memory free; one that is tight wins only where
     nothing in the level fits, and then the smallest.
 
@@ -281,7 +260,6 @@ def plan_run(
         data: None for the statistics of the catalog's row.
         placements: the ways to place the classes that are considered.
         strategy: the one that is asked for; None for whichever is best.
-        scope: whether what this version does not train is planned too, and may be recommended.
         depth: what is planned below the first level that fits; it does not change the answer.
         only_rounding: whether to search only what changes rounding (how a step is cut), and leave
             what else is free at the first of the faithful order.
@@ -299,7 +277,6 @@ def plan_run(
         prefer=prefer,
         placements=frozenset(placements),
         strategy=strategy,
-        scope=scope,
         depth=depth,
         only_rounding=only_rounding,
         calibration=calibration,
@@ -308,14 +285,12 @@ def plan_run(
     )
     options, refused = _candidates(layers, situation)
     if not options:
-        why = refused[0].reason if refused else "this version does not run it"
-        raise UsageError(f"{situation.model.name} cannot be trained as asked: {why}.")
+        raise UsageError(f"{situation.model.name} cannot be trained as asked: {refused[0].reason}.")
     best = _best(options, situation)
     others = sorted(
         (x for x in options if x is not best),
         key=functools.partial(_order_of_rejected, prefer=prefer),
     )
-    possible = [x for x in options if x.trained or scope == "recommend predicted"]
     return RunPlan(
         asked=asked,
         profile=profile,
@@ -323,7 +298,9 @@ def plan_run(
         data=data,
         prefer=prefer,
         recommended=best,
-        smallest=min(possible, key=lambda x: x.device.expected, default=None),
+        smallest=min(
+            options, key=lambda x: (_lacks_host_memory(x.memory, profile), x.device.expected)
+        ),
         rejected=(*(_rejected(x, best, situation) for x in others), *refused),
         nearest=None if best is not None else _nearest_change(layers, situation),
         residuals={} if best is None else _residuals(best, situation),
@@ -368,16 +345,14 @@ def _candidates(
     options: list[Option] = []
     refused: list[Rejected] = []
 
-    def refuse(label: str, reason: str, *, trained: bool) -> None:
-        refused.append(
-            Rejected(label=label, why="refused", reason=reason, trained=trained, option=None)
-        )
+    def refuse(label: str, why: Why, reason: str) -> None:
+        refused.append(Rejected(label=label, why=why, reason=reason, option=None))
 
     fitted = False
     tried = levels(layers, profile, fp32_first=situation.prefer == "quality")
     for number, level in enumerate(tried[:1] if situation.only_rounding else tried):
         if level.resolved is None:
-            refuse(level.label, level.problem, trained=True)
+            refuse(level.label, "refused", level.problem)
             continue
         longest_tokens = min(data.longest_tokens, level.resolved.recipe.max_length)
         cut = list(cuts(level.resolved, layers, profile, longest_tokens=longest_tokens))
@@ -388,14 +363,14 @@ def _candidates(
             num_classes=data.num_classes,
             strategy=situation.strategy,
         ):
-            runs = strategy.trained and PLACEMENTS[placement].trained
-            skipped = situation.scope == "trained" or (fitted and situation.depth == "trained")
-            if placement not in situation.placements or (skipped and not runs):
+            if placement not in situation.placements:
+                continue
+            if fitted and situation.depth == "some" and _is_last_resort(strategy, situation):
                 continue
             refused_for = refusal(level.resolved.recipe, strategy, placement)
             if refused_for is not None:
                 spread = strategy.name if placement == "sequential" else placement
-                refuse(f"{level.label}, {spread}", refused_for.reason, trained=runs)
+                refuse(f"{level.label}, {spread}", "unsupported", refused_for.reason)
                 continue
             planned = functools.partial(
                 _planned,
@@ -412,7 +387,12 @@ def _candidates(
                 options += _partly_checkpointed(
                     list(zip(cut, found, strict=True)), planned, situation.model
                 )
-        fitted = situation.prefer in _FAITHFUL and _best(options, situation) is not None
+        best = _best(options, situation)
+        fitted = (
+            situation.prefer in _FAITHFUL
+            and best is not None
+            and not _is_last_resort(best.strategy, situation)
+        )
         if fitted and situation.depth == "none":
             break
     return options, refused
@@ -550,8 +530,7 @@ def _lacks_host_memory(memory: MemoryPlan, profile: HardwareProfile) -> bool:
 
 
 def _best(options: Sequence[Option], situation: _Situation) -> Option | None:
-    anything = situation.scope == "recommend predicted"
-    possible = [x for x in options if (anything or x.trained) and x.verdict != "does not fit"]
+    possible = [x for x in options if x.verdict != "does not fit"]
     best = min(possible, key=functools.partial(_rank, prefer=situation.prefer), default=None)
     if best is None or best.verdict == "tight" or situation.prefer == "memory":
         return best
@@ -573,6 +552,17 @@ def _best(options: Sequence[Option], situation: _Situation) -> Option | None:
 _SAME_SECONDS = 1.01  # a plan of the time cannot tell less apart
 
 
+def _is_last_resort(strategy: ShardingStrategy, situation: _Situation) -> bool:
+    """Whether a strategy is for where nothing else fits: stepping on the host takes several times
+    as long, whoever wants it asks for it."""
+    return strategy.offloads_optimizer and situation.strategy is None
+
+
+# Who exchanges weights at every block wants to be this much faster: nothing is published of what
+# that costs GPT-2 without NVLink, and a class for each GPU exchanges nothing.
+_SHARDS_WANT = 1.15
+
+
 def _rank(option: Option, prefer: Preference) -> tuple[float, ...]:
     """The smaller the better. Of tight ones the smallest, since they may not fit after all."""
     safety = option.device.high if option.verdict == "tight" else 0
@@ -580,7 +570,12 @@ def _rank(option: Option, prefer: Preference) -> tuple[float, ...]:
         return option.device.expected, option.level, *_slowness(option)
     if prefer == "speed":
         return safety, *_slowness(option), option.level
-    return option.level, safety, *_slowness(option)
+    strategy = option.strategy
+    # Where both fit, ZeRO was slower and larger than DDP (DeepSpeed #2992), whatever is computed.
+    zero = strategy.backend == "deepspeed"
+    seconds, *others = _slowness(option)
+    wanted = seconds * (_SHARDS_WANT if strategy.is_sharded else 1.0)
+    return strategy.offloads_optimizer, option.level, safety, zero, wanted, *others
 
 
 def _slowness(option: Option) -> tuple[float, ...]:
@@ -601,24 +596,30 @@ def _order_of_rejected(option: Option, prefer: Preference) -> tuple[float, ...]:
 
 def _rejected(option: Option, best: Option | None, situation: _Situation) -> Rejected:
     why, reason = _why_not(option, best, situation)
-    return Rejected(
-        label=option.label, why=why, reason=reason, trained=option.trained, option=option
-    )
+    return Rejected(label=option.label, why=why, reason=reason, option=option)
 
 
 def _why_not(option: Option, best: Option | None, situation: _Situation) -> tuple[Why, str]:
     """The one reason why an option is not recommended: the first that holds."""
     if option.verdict == "does not fit":
         return "does not fit", shortage(option, situation.profile)
-    if best is None or (not option.trained and situation.scope == "predicted"):
-        return "not run yet", "this version does not run it"
+    assert best is not None, "what fits would be recommended"
     if situation.prefer == "memory" and option.device.expected > best.device.expected:
         more = format_bytes(option.device.expected)
         return "larger", f"needs {more}, and {format_bytes(best.device.expected)} is enough"
+    if situation.prefer in _FAITHFUL and (
+        option.strategy.offloads_optimizer and not best.strategy.offloads_optimizer
+    ):
+        return "not needed", "steps on the host, and something fits without"
     if situation.prefer in _FAITHFUL and option.level > best.level:
         return "less faithful", "less faithful than what fits"
     if option.verdict == "tight":
         return "tight", f"may need up to {format_bytes(option.device.high)}"
+    if situation.prefer in _FAITHFUL:
+        if option.strategy.backend == "deepspeed" != best.strategy.backend:
+            return "not needed", "ZeRO is for what does not fit without it"
+        if option.strategy.is_sharded and not best.strategy.is_sharded:
+            return "not needed", f"exchanges weights, and is not {_SHARDS_WANT - 1:.0%} faster"
     return "slower", _slower(option, best)
 
 
@@ -650,8 +651,6 @@ def _nearest_change(layers: Sequence[Layer], situation: _Situation) -> NearestCh
     asked = resolve(layers).recipe
     for changed, profile, keys in _changes(layers, asked, situation.profile):
         there = dataclasses.replace(situation, profile=profile, depth="none")
-        if situation.scope == "predicted":
-            there = dataclasses.replace(there, scope="trained")
         try:
             options, _ = _candidates(changed, there)
         except UsageError:  # what was given does not go together without what was left out

@@ -99,12 +99,13 @@ def _row(
     dataset: str,
     calibration: Calibration | None,
 ) -> TableRow:
-    one_by_one = plan_run(given, profile, scope="trained", depth="none", calibration=calibration)
+    one_by_one = plan_run(
+        given, profile, placements=("sequential",), depth="none", calibration=calibration
+    )
     at_once = plan_run(
         given,
         profile,
         placements=_AT_ONCE,
-        scope="recommend predicted",
         depth="none",
         calibration=calibration,
     )

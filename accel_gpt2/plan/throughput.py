@@ -184,9 +184,9 @@ _TOKENIZED_PER_SECOND = 0.34e6  # tokens, one core, once for each data set and v
 _DISK_BYTES_PER_SECOND = 0.4e9  # hashed, written and flushed: a SATA SSD; NVMe is three times it
 
 # How far the truth may lie: published trainings are within 35% of the formula (the test holds it),
-# nothing was published for what this version does not run, and CPUs differ by a factor.
+# nothing was published of GPT-2 in shards or offloaded, and CPUs differ by a factor.
 _COLD_SPREAD = 1.35
-_UNTRIED_SPREAD = 2.0
+_UNPUBLISHED_SPREAD = 2.0
 _CPU_SPREAD = 3.0
 
 
@@ -310,7 +310,7 @@ def _correction(
             residual.ratio / residual.low,
             f"{device.source}, times {1 / residual.ratio:.2f} {residual.source}",
         )
-    spread = _COLD_SPREAD if strategy.trained else _UNTRIED_SPREAD
+    spread = _COLD_SPREAD if strategy.backend in {"none", "ddp"} else _UNPUBLISHED_SPREAD
     if gpu is None:
         spread = _CPU_SPREAD
     return 1.0, 1 / spread, spread, f"{device.source}, never measured here"

@@ -63,7 +63,7 @@ def memory_bars(plan: RunPlan, theme: Theme = LIGHT) -> bytes:
 
 def drawn_options(plan: RunPlan) -> list[Option]:
     """The recommended option, then the others that are worth a bar: one of each kind."""
-    rejected = [*plan.alternatives, *plan.predicted, *plan.failures]
+    rejected = [*plan.alternatives, *plan.failures]
     options = [] if plan.recommended is None else [plan.recommended]
     options += [x.option for x in rejected if x.option is not None]
     return options[:_MOST_BARS]

@@ -91,7 +91,7 @@ def test_the_run_directory_does_not_follow_the_plan() -> None:
 def test_what_hardly_misses_is_tried_with_a_warning() -> None:
     """A plan may be a little wrong: training looks for itself before its first step."""
     choice = chosen(
-        machine(SUPER), model="gpt2-large", finetuning="full", optimizer="adamw",
+        machine(SUPER, host_gib=8), model="gpt2-large", finetuning="full", optimizer="adamw",
         mixed_precision="bf16", gradient_checkpointing=False,
     )  # fmt: skip
     assert choice.resolved.recipe.micro_batch_tokens == 1024
@@ -101,13 +101,26 @@ def test_what_hardly_misses_is_tried_with_a_warning() -> None:
 
 
 def test_what_cannot_fit_is_not_tried() -> None:
-    """XL with fp32 weights needs far more than there is: exit code 3, and what to give."""
+    """XL with fp32 weights needs far more than there is, on the card and on the host: exit code
+    3, and what to give."""
     with pytest.raises(
         DoesNotFitError,
         match=r"gpt2-xl does not fit .* needs 19\.\d GiB .*Give --mixed-precision pure_bf16",
     ) as caught:
-        chosen(machine(SUPER), model="gpt2-xl", finetuning="full", mixed_precision="bf16")
+        chosen(
+            machine(SUPER, host_gib=16), model="gpt2-xl", finetuning="full", mixed_precision="bf16"
+        )
     assert caught.value.exit_code == 3
+
+
+def test_what_fits_with_the_host_alone_steps_there() -> None:
+    """XL with fp32 weights, as it was asked, on 16 GB and a host that holds its states."""
+    choice = chosen(
+        machine(SUPER, host_gib=64), model="gpt2-xl", finetuning="full", mixed_precision="bf16"
+    )
+    assert choice.strategy.name == "zero2_offload"
+    assert choice.plan is not None
+    assert choice.plan.recommended is not None
 
 
 @pytest.mark.parametrize(

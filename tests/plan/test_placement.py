@@ -56,7 +56,6 @@ def test_side_by_side_is_refused_where_all_contexts_and_models_do_not_fit() -> N
     assert recommended("rtx4070ti", placement="sequential", **given)
     plan = planned("rtx4070ti", placement="concurrent", **given)
     assert plan.recommended is None
-    assert plan.smallest is not None
     alone = plan.smallest.memory.device
     assert plan.smallest.device.expected == 2 * alone.expected
 
