@@ -1,6 +1,7 @@
 """DeepSpeed's ZeRO under our loop: its engine shards the states and steps, all else stays ours."""
 
 import contextlib
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -209,6 +210,13 @@ class DeepSpeedBackend(Backend):
     def close(self) -> None:
         # The hooks on its gradients would keep the model, and pinned memory stays pinned.
         self.model.destroy()
+        if self._zero3:
+            from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
+
+            # A method's cache, which the class holds, would keep every model with all its shards.
+            cls = coordinator.PartitionedParameterCoordinator
+            method = cls._PartitionedParameterCoordinator__params_to_release
+            inspect.getclosurevars(method).nonlocals["func"].cache_clear()
 
     def _link_moments(self) -> None:
         """Have each parameter of ZeRO-1 and 2 know where its moments are."""

@@ -38,6 +38,7 @@ _PRELOADED = [
     "transformers.models.gpt2.modeling_gpt2",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
+    "torch._dynamo",
     "deepspeed",
     "accel_gpt2.classify.fit",
 ]

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -27,6 +28,7 @@ def main(
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no test, no rank
     os.environ.update(environment)
     torch.set_num_threads(1)
+    gc.freeze()  # what the imports made is no garbage, and looking through it takes long
     ours = ModuleType("tests")
     ours.__path__ = [str(Path(__file__).parents[1])]
     sys.modules["tests"] = ours
