@@ -15,8 +15,11 @@ REPOSITORY = Path(__file__).parents[2]
 
 # Runs in a process of its own, because an audit hook stays until the end.
 _WATCHED = """
-import json, os, shutil, sys
+import json, os, shutil, sys, types
 from pathlib import Path
+
+sys.modules["tests"] = types.ModuleType("tests")  # a library ships a package of that name
+sys.modules["tests"].__path__ = [sys.argv[2]]
 from tests.fuzz.harness import Case, make_workshop, run_command, train_argv
 
 here = Path.cwd()
@@ -89,7 +92,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
         if not key.startswith(("ACCEL_GPT2_", "XDG_", "HF_", "MPL", "TORCHINDUCTOR"))
     }
     subprocess.run(
-        [sys.executable, "-c", _WATCHED, str(found)],
+        [sys.executable, "-c", _WATCHED, str(found), str(REPOSITORY / "tests")],
         cwd=work,
         env={
             **environment,
@@ -97,7 +100,6 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
             "TMPDIR": str(folder / "tmp"),
             "ACCEL_GPT2_CACHE": str(folder / "cache"),
             "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTHONPATH": str(REPOSITORY),
         },
         check=True,
         timeout=300,
