@@ -113,14 +113,15 @@ def _quiet_deepspeed() -> None:
     """Its log goes to stderr, from errors up: stdout is for results."""
     import warnings
 
+    # It warns while it is imported.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     from deepspeed.utils import logger
 
-    # Two collectives that it calls have new names.
-    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
-    logger.setLevel(logging.ERROR)
     for handler in logger.handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)
+    # Two collectives that it calls have new names.
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 
 def _use_no_compiled_collectives() -> None:
