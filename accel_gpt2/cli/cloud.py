@@ -135,6 +135,11 @@ def launch(
         gpu = _own_gpu(gpu)
     elif gpu is None:
         raise UsageError(f"Which GPU? Give --gpu, one of {', '.join(row.gpus)} from {provider}.")
+    if num_gpus > 1 and row.engine == "hf-jobs":
+        raise UsageError(
+            f"--num-gpus {num_gpus}: Hugging Face jobs are rented with one GPU here; leave it out, "
+            "or give another --provider."
+        )
     if spot and (row.store is None or bucket is None):
         able = ", ".join(x.provider for x in CLOUDS.values() if x.store is not None)
         raise UsageError(

@@ -366,8 +366,8 @@ def show_table(rows: Sequence[TableRow], *, json: bool) -> None:
 
 _TABLE_LEGEND = (
     "bf16: full fine-tuning with AdamW and fp32 weights under autocast. 8-bit: AdamW's states. "
-    "ckpt: gradient checkpointing. xN: N models on each GPU at once (predicted, as all at once is; "
-    "this version trains one class after another). ~: tight, with the most that it may need. "
+    "ckpt: gradient checkpointing, of all blocks or some. xN: N models on each GPU at once. "
+    "~: tight, with the most that it may need. "
     "✗: the requirements said that it does not fit; they gave no other figures."
 )
 

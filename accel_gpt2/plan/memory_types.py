@@ -117,6 +117,8 @@ def _remedy(term: str, recipe: TrainRecipe) -> str | None:
             return "give --finetuning lora" if lora_helps else None
         case "parameters" if pretrained and recipe.finetuning != "qlora":
             return "give --finetuning qlora, or a smaller model"
+        case "saved activations" if recipe.checkpointed_layers is not None:
+            return f"checkpoint more than {recipe.checkpointed_layers} blocks"
         case "saved activations":
             return "give --gradient-checkpointing"
         case "16-bit copies of weights" | "autocast's cache":

@@ -77,6 +77,7 @@ def test_json_is_one_document(accel_gpt2: CommandLine, programs: Programs) -> No
         (("--spot",), 2, r"--spot needs somewhere to go on from .* \(aws, gcp, azure\)"),
         (("--bucket=b",), 2, "No bucket can be mounted on machines of runpod"),
         (("--provider=hf-jobs",), 2, "The disk of a Hugging Face job is gone when it ends"),
+        (("--provider=hf-jobs", "--num-gpus=2"), 2, "Hugging Face jobs are rented with one GPU"),
         (("--model=gpt2-xl", "--gpu=rtx4090", "--strategy=single", "--finetuning=full",
           "--optimizer=adamw", "--mixed-precision=no"), 3, "gpt2-xl does not fit on"),
         (("--hours=0",), 2, "is no time to train for"),
