@@ -253,6 +253,17 @@ class Gpt2Step:
             )
         if self.strategy.backend == "deepspeed":
             terms.append(self._deepspeed_buckets())
+        if self.strategy.offloads_optimizer and self.strategy.zero_stage < 3:
+            # stage_1_and_2.py: temp_grad_buffer_for_gpu_offload.
+            shape, _ = self.trained_shapes[0]
+            terms.append(
+                _term(
+                    "offload buffer",
+                    math.prod(shape) * self.weight,
+                    f"the gradient of the largest tensor, {math.prod(shape):,} x {self.weight} "
+                    "bytes, on its way to host memory",
+                )
+            )
         terms.append(
             _term(
                 "token ids",
@@ -558,6 +569,19 @@ class Gpt2Step:
             )
         ]
 
+    def _exchanged(self, *, blocks: int) -> list[MemoryTerm]:
+        """FSDP2's whole gradients of a block, or of what is none, on their way into shares."""
+        if self.strategy.backend != "fsdp2" or not self.full:
+            return []
+        d = self.model.n_embd
+        elements = blocks * (self.block_matrices + 13 * d)
+        if not blocks:
+            elements = self.head + self.model.n_positions * d + 2 * d
+        width = (
+            2 if self._plain_pure else 4
+        )  # fsdp/_fully_shard/_fsdp_collectives.py, foreach_reduce
+        return [_term("exchanged gradients", elements * width, f"{elements:,} x {width} bytes")]
+
     # ---- The phases.
 
     def phases(self) -> tuple[MemoryPhase, ...]:
@@ -728,7 +752,13 @@ class Gpt2Step:
             for blocks in sorted({layers, checkpointed + 1, checkpointed, 1}, reverse=True)
             if 1 <= blocks <= layers
         )
-        return [*fuller, *self.gathered(blocks=2), *self._head_gradient(), *self._outputs()]
+        return [
+            *fuller,
+            *self.gathered(blocks=2),
+            *self._exchanged(blocks=1),
+            *self._head_gradient(),
+            *self._outputs(),
+        ]
 
     def _block_gradients(self, blocks_done: int) -> list[MemoryTerm]:
         if self.accumulates:
@@ -835,6 +865,7 @@ class Gpt2Step:
         return [
             self.all_gradients("all that the step makes"),
             *self.gathered(blocks=0),
+            *self._exchanged(blocks=0),
             *self._outputs(),
             _term(
                 "embedding gradient",
@@ -878,8 +909,8 @@ class Gpt2Step:
             following = max(embeddings, feed_forward, key=sum)
         # One tensor's are let go when the next one's are there.
         temporaries = self._step_bytes * (sizes[0] if self._plain_pure else sum(following))
-        if self.strategy.backend == "deepspeed" and self.strategy.zero_stage >= 2:
-            # stage_1_and_2.py, step: the share's gradients in fp32.
+        if self.strategy.backend == "deepspeed":
+            # stage_1_and_2.py and stage3.py, step: the share's gradients in fp32.
             temporaries += 4 * self.num_trained / self.world_size
         return [
             self.all_gradients("of the step"),
@@ -910,7 +941,7 @@ class Gpt2Step:
         if self.recipe.use_dora:
             in_blocks = self._dora_bytes(_DORA_EVALUATION[kind])
         return [
-            *self.gathered(blocks=2),
+            *self._gathered_to_score(),
             *self._outputs(),
             _term("autocast's cache", cache, "16-bit copies that live until the forward pass ends"),
             _term(
@@ -918,6 +949,19 @@ class Gpt2Step:
                 max(scoring, in_blocks),
                 "a chunk's fp32 logits and an fp32 head, or what a block has in hand",
             ),
+        ]
+
+    def _gathered_to_score(self) -> list[MemoryTerm]:
+        if self.strategy.zero_stage < 3:
+            return self.gathered(blocks=2)
+        count = self.model.num_parameters
+        return [
+            _term(
+                "gathered weights",
+                count * self.weight,
+                f"{count:,} x {self.weight} bytes: while documents are scored, ZeRO-3's weights "
+                "are whole on every process",
+            )
         ]
 
     def _saving(self) -> list[MemoryTerm]:

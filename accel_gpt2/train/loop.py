@@ -196,12 +196,13 @@ def train_steps(
         )
 
     backend.model.train()
+    stepped_here = [x for x in backend.parameters if x.device.type == device.type]  # not offloaded
     if state.step < schedule.total_steps:
         fitting_micro_batch_tokens(
             backend,
             job.documents,
             micro_batch_tokens=recipe.micro_batch_tokens,
-            reserved_bytes=0 if resumed else optimizer_state_bytes(backend.parameters, recipe),
+            reserved_bytes=0 if resumed else optimizer_state_bytes(stepped_here, recipe),
             accelerator=accelerator,
             on_halved=on_halved,
         )
