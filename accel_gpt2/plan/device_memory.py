@@ -42,7 +42,8 @@ class StateSizes:
     """What a training keeps, whole: weights, trained weights and optimizer state, in bytes.
 
     `final_bytes` are those of the exported model, or of its adapter. `paged_bytes` of the optimizer
-    state lie in memory that the driver moves between GPU and host.
+    state lie in memory that the driver moves between GPU and host, and `gathered_bytes` are those of
+    a checkpoint that the first process puts together from shares.
     """
 
     parameters_bytes: int
@@ -50,6 +51,7 @@ class StateSizes:
     optimizer_bytes: int
     final_bytes: int
     paged_bytes: int = 0
+    gathered_bytes: int = 0
 
 
 def assemble_plan(
@@ -151,6 +153,14 @@ def _host(
                 name="paged optimizer state",
                 bytes=processes * sizes.paged_bytes,
                 why="as much of it as has no room on the GPU",
+            )
+        )
+    if sizes.gathered_bytes:
+        terms.append(
+            MemoryTerm(
+                name="gathered checkpoint",
+                bytes=sizes.gathered_bytes,
+                why="whole weights and optimizer state, on the first process while it saves",
             )
         )
     if strategy.offloads_optimizer:

@@ -397,11 +397,16 @@ class Gpt2Step:
         """What the training keeps, whole, as it is read and written."""
         trained = self.num_trained * self._trained_width
         whole = self.model.num_parameters * self.weight
+        gathered = 0.0
+        if self.strategy.is_sharded:
+            width = 2 if self._plain_pure else 4
+            gathered = self.num_trained * width + self.optimizer_state_bytes()
         return StateSizes(
             parameters_bytes=whole,
             trained_bytes=trained,
             optimizer_bytes=round(self.optimizer_state_bytes()),
             paged_bytes=round(self.paged_bytes()),
+            gathered_bytes=round(gathered),
             final_bytes=whole if self.full else trained,
         )
 

@@ -220,8 +220,7 @@ def inspect_checkpoint(directory: Path) -> tuple[TrainState, Identity]:
     path = listed_file(directory, MODEL_FILE)
     with _reading(path), safe_open(path, framework="pt") as file:
         shapes = [tuple(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
-    # Mapped into memory, not read.
-    _read_optimizer(directory, shapes, mmap=True)
+    _read_optimizer(directory, shapes)
     _read_random_states(directory)
     return state, identity
 
@@ -293,15 +292,16 @@ def _random_file(rank: int) -> str:
     return f"random-{rank}.safetensors"
 
 
-def _read_optimizer(
-    directory: Path, shapes: list[tuple[int, ...]], *, mmap: bool = False
-) -> dict[str, Any]:
-    """The optimizer's state, checked to be one of parameters of these shapes."""
+def _read_optimizer(directory: Path, shapes: list[tuple[int, ...]]) -> dict[str, Any]:
+    """The optimizer's state, checked to be one of parameters of these shapes.
+
+    It is mapped into memory: every rank reads the whole of it, and many keep a share.
+    """
     path = listed_file(directory, OPTIMIZER_FILE)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that are refused
-            content = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+            content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:  # of a dozen kinds, none of them documented
         raise UserError(
             f"{path} cannot be read as tensors and plain values ({type(error).__name__}), and "

@@ -1,5 +1,6 @@
 """The search: nothing that fits is beaten without a reason, and every reason is true."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -341,14 +342,13 @@ def test_a_wrong_recipe_is_a_usage_error() -> None:
 
 def test_what_steps_on_the_host_is_a_last_resort_unless_it_is_asked_for() -> None:
     """GPT-2 XL's fp32 weights fit on 16 GB with offload: shown, with why not, and kept if asked."""
-    plan = planned("rtx4070ti", model="gpt2-xl")
+    machine = dataclasses.replace(PROFILES["rtx4070ti"], host_memory_bytes=64 * 2**30)
+    plan = plan_run([layer(model="gpt2-xl")], machine)
     assert plan.recommended is not None
     assert not plan.recommended.strategy.offloads_optimizer
     offloading = [x.option for x in plan.alternatives if x.why == "not needed"]
     assert any(x is not None and x.level == 0 for x in offloading)
-    asked = plan_run(
-        [layer(model="gpt2-xl")], PROFILES["rtx4070ti"], strategy=STRATEGIES["zero2_offload"]
-    )
+    asked = plan_run([layer(model="gpt2-xl")], machine, strategy=STRATEGIES["zero2_offload"])
     assert asked.recommended is not None
     assert asked.recommended.strategy.name == "zero2_offload"
     assert asked.recommended.level == 0
