@@ -1,7 +1,6 @@
 """What a search chooses among: recipes by faithfulness, ways to cut their steps, and ways to spread
 them over GPUs."""
 
-import bisect
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -207,32 +206,41 @@ def cuts(
 
 
 def fewest_checkpointed(
-    whole: TrainRecipe, n_layer: int, fits: Callable[[TrainRecipe], bool]
+    whole: TrainRecipe, n_layer: int, fits: Callable[[TrainRecipe], bool], *, guess: int
 ) -> TrainRecipe | None:
     """A recipe with only as many of its blocks checkpointed as make it fit: the rest is faster.
 
-    A step's memory falls from one such number to the next, so it takes log2(n_layer) questions.
-
     Args:
-        whole: fits with all blocks checkpointed, and not with none.
-        fits: whether a recipe does.
+        whole: fits with all blocks checkpointed, and not with none; a step's memory falls from one
+            such number to the next.
+        fits: whether a recipe does. It is asked two or three times where the guess is good.
+        guess: what it might be.
 
     Returns:
         None where all blocks have to be.
 
     >>> recipe = TrainRecipe(gradient_checkpointing=True)
-    >>> fewest = fewest_checkpointed(recipe, 12, lambda cut: cut.checkpointed_layers >= 5)
+    >>> fewest = fewest_checkpointed(
+    ...     recipe, 12, lambda cut: cut.checkpointed_layers >= 5, guess=4
+    ... )
     >>> fewest.checkpointed_layers
     5
-    >>> fewest_checkpointed(recipe, 12, lambda cut: False)
+    >>> fewest_checkpointed(recipe, 12, lambda cut: False, guess=4)
     """
-
-    def cut(count: int) -> TrainRecipe:
-        return dataclasses.replace(whole, checkpointed_layers=count)
-
-    counts = range(1, n_layer)
-    count = 1 + bisect.bisect_left(counts, True, key=lambda x: fits(cut(x)))
-    return cut(count) if count < n_layer else None
+    too_few, enough, stride = 0, n_layer, 1
+    count = min(max(1, guess), n_layer - 1)
+    while enough - too_few > 1:
+        # Away from the guess in strides that double, until the answer lies in between.
+        if fits(dataclasses.replace(whole, checkpointed_layers=count)):
+            enough = count
+            count = max((too_few + enough) // 2, enough - stride)
+        else:
+            too_few = count
+            count = min((too_few + enough + 1) // 2, too_few + stride)
+        stride *= 2
+    if enough == n_layer:
+        return None
+    return dataclasses.replace(whole, checkpointed_layers=enough)
 
 
 def micro_batch_candidates(

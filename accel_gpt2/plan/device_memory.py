@@ -42,8 +42,8 @@ class StateSizes:
     """What a training keeps, whole: weights, trained weights and optimizer state, in bytes.
 
     `final_bytes` are those of the exported model, or of its adapter. `paged_bytes` of the optimizer
-    state lie in memory that the driver moves between GPU and host, and `gathered_bytes` are those of
-    a checkpoint that the first process puts together from shares.
+    state lie in memory that the driver moves between GPU and host; `gathered_bytes` are those of a
+    checkpoint that the first process puts together from shares.
     """
 
     parameters_bytes: int

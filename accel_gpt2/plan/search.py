@@ -426,26 +426,31 @@ def _partly_checkpointed(
 ) -> Iterator[Option]:
     """For each micro batch that fits with all blocks checkpointed and not with none, the option
     with as few as fit."""
-    verdicts = {
-        (x.gradient_checkpointing, x.micro_batch_tokens): option.verdict
-        for x, option in ((resolved.recipe, option) for resolved, option in whole_or_none)
+    without = {
+        resolved.recipe.micro_batch_tokens: option
+        for resolved, option in whole_or_none
+        if not resolved.recipe.gradient_checkpointing
     }
-    for resolved, _ in whole_or_none:
+    for resolved, all_blocks in whole_or_none:
         recipe = resolved.recipe
-        both = [verdicts.get((choice, recipe.micro_batch_tokens)) for choice in (False, True)]
+        none = without.get(recipe.micro_batch_tokens)
         if (
             not recipe.gradient_checkpointing
-            or both[0] in {None, "fits"}
-            or both[1] != "fits"
+            or none is None
+            or none.verdict == "fits"
+            or all_blocks.verdict != "fits"
             or not covers(recipe, model)  # a trace of each number would take seconds
         ):
             continue
+        saved = none.device.high - all_blocks.device.high
+        missing = none.device.high - (none.memory.usable_bytes or 0)
+        guess = math.ceil(model.n_layer * missing / max(1, saved))
 
         def option(cut: TrainRecipe, like: ResolvedRecipe = resolved) -> Option:
             return planned(dataclasses.replace(like, recipe=cut))
 
         fewest = fewest_checkpointed(
-            recipe, model.n_layer, lambda cut: option(cut).verdict == "fits"
+            recipe, model.n_layer, lambda cut: option(cut).verdict == "fits", guess=guess
         )
         if fewest is not None:
             yield option(fewest)
