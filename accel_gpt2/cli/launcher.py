@@ -29,14 +29,11 @@ from accel_gpt2.cli.run_directory import RECIPE_FILE
 from accel_gpt2.durable import write_text
 from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
 from accel_gpt2.failures import mark_as_told
-from accel_gpt2.parent import stop_with_parent
+from accel_gpt2.parent import WAITED_FOR_BY, stop_with_parent
 from accel_gpt2.render.accelerate import ACCELERATE_DIRECTORY, DEEPSPEED_DIRECTORY
 from accel_gpt2.terminal import shortened
 
 COMMAND_FILE = "command.txt"
-
-# Set for a trainer whose exit code is read from status.json by the process that it names.
-WAITED_FOR_BY = "ACCEL_GPT2_WAITED_FOR_BY"
 
 _KILLING_INTERRUPTS = 3  # Ctrl-C: 1 saves and stops, 2 stops, 3 kills a trainer that hangs
 _POLL_SECONDS = 0.2

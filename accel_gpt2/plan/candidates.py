@@ -169,9 +169,9 @@ def spreads(
                 # One model after another has all GPUs: `train` starts a process on each.
                 if placement != "sequential" or profile.num_gpus <= 1 or strategy is not None:
                     yield row, placement
-        elif "sequential" in placements and (
-            row.smallest_world_size <= profile.num_gpus or strategy is not None
-        ):
+        elif strategy is not None:
+            yield row, "sequential" if "sequential" in placements else placements[0]
+        elif "sequential" in placements and row.smallest_world_size <= profile.num_gpus:
             yield row, "sequential"
 
 

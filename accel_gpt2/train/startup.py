@@ -10,6 +10,7 @@ from typing import Any
 
 from accel_gpt2.catalog.strategies import STRATEGIES, ShardingStrategy
 from accel_gpt2.errors import UserError
+from accel_gpt2.parent import WAITED_FOR_BY
 from accel_gpt2.render.accelerate import FSDP2_SETTINGS
 from accel_gpt2.render.deepspeed import deepspeed_config
 
@@ -25,6 +26,7 @@ def launched_strategy(environ: Mapping[str, str]) -> ShardingStrategy:
         "ACCELERATE_MIXED_PRECISION" in environ  # which `accelerate launch` sets always
         and "MASTER_PORT" in environ
         and "WORLD_SIZE" not in environ
+        and WAITED_FOR_BY not in environ  # our own launcher asks for what our files can give
     ):
         raise UserError(
             "The launcher was asked for several processes and started this one alone, as `--cpu` "

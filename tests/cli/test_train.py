@@ -227,7 +227,9 @@ def test_a_launcher_that_started_something_else_is_found_out() -> None:
 def test_what_excludes_each_other_is_refused_before_loading() -> None:
     """The reason, and the nearest that works."""
     given = options(model="gpt2", placement="per-gpu", mixed_precision="bf16")
-    with pytest.raises(UsageError, match="cannot be trained"):
+    with pytest.raises(
+        UsageError, match=r"gpt2 cannot be trained as asked: each model has one process there"
+    ):
         choose(
             dataclasses.replace(given, strategy="ddp"),
             detect=on(machine(SUPER, SUPER)),

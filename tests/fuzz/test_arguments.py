@@ -29,7 +29,6 @@ VERBS = {
     "tran": "train",
     "evalute": "evaluate",
     "predit": "predict",
-    "reports": "report",
     "profile": "profiles",
     "docter": "doctor",
     "dmeo": "demo",
