@@ -168,8 +168,7 @@ def test_a_training_in_strange_surroundings(tmp_path: Path) -> None:
         "COLUMNS": "abc",
         "OMP_NUM_THREADS": "many",
         "HF_HOME": "/proc/none/hf",
-        "MASTER_ADDR": "x",
-        "ACCELERATE_MIXED_PRECISION": "fp16",
+        "MASTER_PORT": "x",
     }
     train = Case(id="", argv=train_argv("dätä", output_dir="läufe"), said="")
     ended = start(train, folder, **strange)
