@@ -15,9 +15,9 @@ Rows are what a recipe can ask for beside full fine-tuning with AdamW in fp32; i
 `shared-base`, beside LoRA. Columns are the strategies, by which one model is spread over the
 processes of a launch, and the placements, by which the models of the classes share a machine.
 `yes` under a strategy is trained by the tests on CPU processes, cell by cell; under `per-gpu` and
-`concurrent` each class is trained as under `single`, in a process of its own; under `shared-base` the
-tests train adapters, DoRA, quantised bases and masked models. `gpu` has no kernels on a CPU. A number
-is refused before anything loads, for the reason below.
+`concurrent` each class is trained as under `single`, in a process of its own; under `shared-base`
+the tests train adapters, DoRA, quantised bases and masked models. `gpu` has no kernels on a CPU.
+A number is refused before anything loads, for the reason below.
 """
 
 
