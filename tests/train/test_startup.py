@@ -150,6 +150,9 @@ def life(case, environment, port, output):
         notebook_launcher(start, (build,), num_processes=2, use_port=port)
     else:
         start(build)
+    import torch
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # who leaves first would break what the other still connects
     os._exit(0)  # gloo's destructor sometimes does not return
 
 for number, case in enumerate(json.load(sys.stdin)):
