@@ -21,8 +21,8 @@ from accel_gpt2.errors import ExitCode
 from accel_gpt2.recipe import TrainRecipe
 
 from .harness import run
+from .runs import RTOL, Runs, assert_alike, checkpoint_of, data_of, steps_of
 from .sharding import scores_of, train_with_less_memory
-from .test_equivalence import RTOL, Runs, _checkpoint, _data, _steps, assert_alike
 from .trainings import train, train_each, train_until
 from .zero import (
     gone_on,
@@ -86,7 +86,7 @@ def test_transformers_alone_scores_what_was_trained(
     (scores,) = directory.glob("*/validation_scores/*.npy")
     model = AutoModelForCausalLM.from_pretrained(final, local_files_only=True).eval()
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    documents = _data(runs).validation
+    documents = data_of(runs).validation
     found = []
     for index in range(len(documents)):
         tokens = torch.from_numpy(documents.document(index).astype(np.int64))[None]
@@ -123,7 +123,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(runs: Runs) -> None:
     run("zero3", 2, train, recipe, whole)
     codes = run("zero3", 2, partial(train_until, question=4, rank=1), recipe, stopped)
     assert codes == [ExitCode.STOPPED, ExitCode.STOPPED]
-    assert len(_steps(stopped)) == 3
+    assert len(steps_of(stopped)) == 3
     run("zero3", 2, train, recipe, stopped)
     assert_alike(stopped, whole, rtol=0)
 
@@ -147,7 +147,7 @@ def stopped(runs: Runs) -> Mapping[str, Path]:
 @pytest.mark.parametrize("strategy", ["zero1", "zero3", "zero2_offload"])
 def test_a_checkpoint_is_that_of_one_process(stopped: Mapping[str, Path], strategy: str) -> None:
     """Whole weights and moments, by the same names and numbers, and the same place."""
-    own, expected = (_checkpoint(stopped[name]) for name in (strategy, "single"))
+    own, expected = (checkpoint_of(stopped[name]) for name in (strategy, "single"))
     assert own.state.step == expected.state.step == 3
     torch.testing.assert_close(own.weights, expected.weights, rtol=RTOL, atol=RTOL)
     optimizers = [item.optimizer["optimizer"] for item in (own, expected)]

@@ -7,25 +7,21 @@ import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM
 
-from accel_gpt2.classify.prepare import PreparedData, prepare_data
 from accel_gpt2.data.batching import split_micro_batches
 from accel_gpt2.errors import ExitCode
-from accel_gpt2.recipe import Layer, ResolvedRecipe, TrainRecipe, resolve
-from accel_gpt2.train.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
+from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.schedule import BatchSchedule
-from tests.conftest import write_texts
 
 from .harness import run
+from .runs import RTOL, VARIANTS, Runs, assert_alike, checkpoint_of, data_of, steps_of
 from .sharding import (
     held,
     scores_of,
@@ -35,68 +31,8 @@ from .sharding import (
 )
 from .trainings import train, train_until
 
-RTOL = 1e-5
-
 # DeepSpeed's are in test_deepspeed.py.
 STRATEGIES = ["ddp", "fsdp2"]
-
-VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "full": {},
-    "checkpointed": {"gradient_checkpointing": True},
-    "clipped": {"max_grad_norm": 0.01},
-    "lora": {"finetuning": "lora", "learning_rate": 1e-3},
-    "lora checkpointed": {"finetuning": "lora", "gradient_checkpointing": True},
-}
-
-
-class Runs:
-    """Trainings of a model of two blocks on 25 documents, those of one process once each."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        write_texts(folder / "texts.csv", documents_per_class=18, num_classes=2)
-        GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=64).save_pretrained(folder / "shape")
-
-    def recipe(self, variant: str, **changes: Any) -> ResolvedRecipe:
-        """One model of all text, so that a run takes as short as it can."""
-        values: dict[str, Any] = {
-            "objective": "unconditional",
-            "model": str(self.folder / "shape"),
-            "init": "scratch",
-            "tokenizer": "train",
-            "dataset": str(self.folder / "texts.csv"),
-            "tokenizer_vocab_size": 300,
-            "max_length": 48,
-            "global_batch_size": 4,
-            "micro_batch_tokens": 48,
-            "epochs": 1.0,
-            "warmup_fraction": 0.1,
-            "log_every_steps": 1,
-            "trackers": [],
-            # Dropout draws other numbers for other shapes. AdamW makes a whole step of a gradient
-            # that is nothing but rounding, where epsilon is as small as that.
-            "dropout": 0.0,
-            "adam_epsilon": 1e-5,
-        }
-        if "lora" in variant:
-            base = next(self.alone("full").glob("*/final"))
-            values |= {"model": str(base), "init": "pretrained", "tokenizer": "auto"}
-        layers = [Layer(origin="test", values={**values, **VARIANTS[variant], **changes})]
-        return resolve(layers)
-
-    def alone(self, variant: str) -> Path:
-        """What one process has made of a variant."""
-        directory = self.folder / f"single {variant}"
-        if not directory.exists():
-            run("single", 1, train, self.recipe(variant), directory)
-        return directory
-
-    def together(self, strategy: str, variant: str) -> Path:
-        """What two processes have made of it."""
-        directory = self.folder / f"{strategy} {variant}"
-        if not directory.exists():
-            run(strategy, 2, train, self.recipe(variant), directory)
-        return directory
 
 
 @pytest.fixture(scope="module")
@@ -114,46 +50,17 @@ def test_two_processes_train_the_model_of_one(runs: Runs, strategy: str, variant
     assert_alike(two, one)
 
 
-def assert_alike(found: Path, expected: Path, *, rtol: float = RTOL) -> None:
-    """Two runs went the same way up to rounding, or bit for bit."""
-    steps, expected_steps = (_steps(directory) for directory in (found, expected))
-    assert len(steps) == len(expected_steps) > 5
-    np.testing.assert_allclose(steps, expected_steps, rtol=rtol)
-    scores = sorted(expected.glob("*/validation_scores/*.npy"))
-    finals = sorted(expected.glob("*/final/*.safetensors"))
-    assert (len(scores), len(finals)) == (1, 1)
-    for path in scores:
-        own = np.load(found / path.relative_to(expected))
-        np.testing.assert_allclose(own, np.load(path), rtol=rtol)
-    for path in finals:
-        own, theirs = load_file(found / path.relative_to(expected)), load_file(path)
-        assert own.keys() == theirs.keys()
-        for name, tensor in theirs.items():
-            torch.testing.assert_close(own[name], tensor, rtol=rtol, atol=rtol)
-
-
-def _steps(directory: Path) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step, the last row where there are several."""
-    rows = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
-    steps = {row["step"]: row for row in rows if row["event"] == "step"}
-    return [(steps[step]["loss"], steps[step]["grad_norm"]) for step in sorted(steps)]
-
-
 def test_the_trainings_do_what_they_are_for(runs: Runs) -> None:
     """Steps have several micro batches, once a rank has an empty one, and clipping bites."""
     recipe = runs.recipe("full").recipe
-    lengths = _data(runs).train.lengths
+    lengths = data_of(runs).train.lengths
     batches = BatchSchedule(lengths, recipe).epoch(0)
     steps = [split_micro_batches(lengths, x, world_size=2, micro_batch_tokens=48) for x in batches]
     assert sum(len(step) > 1 for step in steps) >= 4
     assert any(len(own) == 0 for step in steps for per_rank in step for own in per_rank)
-    assert min(norm for _, norm in _steps(runs.alone("clipped"))) > 0.5
+    assert min(norm for _, norm in steps_of(runs.alone("clipped"))) > 0.5
     with pytest.raises(AssertionError, match="Mismatched elements"):
         assert_alike(runs.alone("clipped"), runs.alone("full"))
-
-
-def _data(runs: Runs) -> PreparedData:
-    return prepare_data(runs.recipe("full").recipe, progress=False)
 
 
 def test_a_classifier_of_sharded_models_is_that_of_whole_ones(runs: Runs) -> None:
@@ -180,7 +87,7 @@ def test_a_sharded_run_stops_and_goes_on_bit_for_bit(runs: Runs, variant: str) -
     run("fsdp2", 2, train, recipe, whole)
     codes = run("fsdp2", 2, partial(train_until, question=4, rank=1), recipe, stopped)
     assert codes == [ExitCode.STOPPED, ExitCode.STOPPED]
-    assert len(_steps(stopped)) == 3
+    assert len(steps_of(stopped)) == 3
     run("fsdp2", 2, train, recipe, stopped)
     assert_alike(stopped, whole, rtol=0)
 
@@ -199,7 +106,7 @@ def stopped(runs: Runs) -> Mapping[str, Path]:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_checkpoint_is_that_of_one_process(stopped: Mapping[str, Path], strategy: str) -> None:
     """Whole weights and moments, by the same names and numbers, and the same place."""
-    own, expected = (_checkpoint(stopped[name]) for name in (strategy, "single"))
+    own, expected = (checkpoint_of(stopped[name]) for name in (strategy, "single"))
     assert (own.state.step, own.state.tokens) == (expected.state.step, expected.state.tokens)
     assert (own.state.step, len(own.random_states)) == (3, 2)
     torch.testing.assert_close(own.weights, expected.weights, rtol=RTOL, atol=RTOL)
@@ -207,11 +114,6 @@ def test_a_checkpoint_is_that_of_one_process(stopped: Mapping[str, Path], strate
     assert optimizers[0]["param_groups"] == optimizers[1]["param_groups"]
     assert len(optimizers[1]["state"]) == len(expected.weights)
     torch.testing.assert_close(optimizers[0]["state"], optimizers[1]["state"], rtol=1e-4, atol=1e-7)
-
-
-def _checkpoint(directory: Path) -> Checkpoint:
-    (newest,) = list_checkpoints(next(directory.glob("class-*")))
-    return read_checkpoint(newest)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +137,7 @@ def test_transformers_alone_scores_what_was_trained(runs: Runs, variant: str) ->
     (scores,) = directory.glob("*/validation_scores/*.npy")
     model = AutoModelForCausalLM.from_pretrained(final, local_files_only=True).eval()
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    documents = _data(runs).validation
+    documents = data_of(runs).validation
     found = []
     for index in range(len(documents)):
         tokens = torch.from_numpy(documents.document(index).astype(np.int64))[None]
