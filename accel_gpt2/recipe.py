@@ -50,6 +50,8 @@ Optimizer = Literal["adamw", "adamw_8bit", "adamw_paged", "adamw_8bit_paged", "a
 Schedule = Literal["cosine", "linear", "constant"]
 # How the models of the classes share the machine; auto: as the plan says.
 PlacementChoice = Literal["auto", "sequential", "per-gpu", "concurrent", "shared-base"]
+# auto: where it is the faster on this device and the model allows it.
+Switch = Literal["auto", "on", "off"]
 Priors = Literal["training", "uniform"]
 # A masked LM's pseudo-log-likelihood. full: every token masked once, alone. shared, independent:
 # estimates by random masks, the same for all classes or each class its own.
@@ -119,6 +121,9 @@ class TrainRecipe:
     max_grad_norm: Annotated[float, Ge(0)] = 1.0  # 0: no clipping
     mixed_precision: MixedPrecision = "no"
     bf16_rounding: Bf16Rounding = "stochastic"  # read by pure_bf16
+    tf32: bool = (
+        True  # read by mixed_precision "no" on Ampere and later: products of 10-bit factors
+    )
     seed: Annotated[int, Ge(0), Lt(2**31)] = 0
     evaluate_every_steps: Count | None = None  # None: at the end of every epoch
 
@@ -126,6 +131,8 @@ class TrainRecipe:
     profile: str = "auto"
     placement: PlacementChoice = "auto"  # of one model per class
     micro_batch_tokens: Count = 4096  # padded tokens that go through at once
+    packing: Switch = "auto"  # rows of whole documents without padding, each sees itself alone
+    compile: Switch = "auto"  # torch.compile; auto: where the run is long enough to repay it
     gradient_checkpointing: bool = False
     checkpointed_layers: Count | None = None  # the first so many blocks; None: all
     release_gradients: bool = False  # each as soon as its parameter is stepped: no clipping
@@ -170,6 +177,7 @@ WARNED_FIELDS: frozenset[str] = frozenset(
         "max_grad_norm",
         "mixed_precision",
         "bf16_rounding",
+        "tf32",
         "evaluate_every_steps",
     }
 )
@@ -378,6 +386,11 @@ def _without_effect(recipe: TrainRecipe, row: ModelSpec | None) -> list[str]:
             f"quantization = {recipe.quantization!r} with finetuning = {recipe.finetuning!r}: only "
             "a frozen base is quantised; give --finetuning qlora, or leave the quantization out."
         )
+    if recipe.packing == "on" and recipe.objective not in {"generative", "unconditional"}:
+        problems.append(
+            f"packing = 'on' with objective = {recipe.objective!r}: only one language model at a "
+            "time reads packed rows; give --set packing=off, or leave it out."
+        )
     if recipe.checkpointed_layers is None:
         return problems
     if not recipe.gradient_checkpointing:
@@ -498,9 +511,12 @@ def _parse_mapping(text: str, path: Path) -> dict[str, object]:
             f"The recipe {path} holds a {type(content).__name__}; it should hold lines of "
             "`key: value`."
         )
-    # An unquoted `mixed_precision: no` is a YAML 1.1 boolean.
+    # To YAML 1.1 an unquoted `mixed_precision: no` and `packing: on` are booleans.
     if content.get("mixed_precision") is False:
         content["mixed_precision"] = "no"
+    for key in ("packing", "compile"):
+        if isinstance(content.get(key), bool):
+            content[key] = "on" if content[key] else "off"
     return {str(key): _number(str(key), value) for key, value in content.items()}
 
 

@@ -229,6 +229,23 @@ def test_an_unquoted_no_is_a_precision(tmp_path: Path) -> None:
     assert (recipe.mixed_precision, recipe.seed) == ("no", 7)
 
 
+def test_an_unquoted_on_is_a_switch(tmp_path: Path) -> None:
+    """`packing: on` and `compile: off` are YAML booleans and are read as what the person meant."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("packing: on\ncompile: off\n", encoding="utf-8")
+    recipe = resolve([read_layer(path)]).recipe
+    assert (recipe.packing, recipe.compile) == ("on", "off")
+    path.write_text(to_yaml(recipe), encoding="utf-8")
+    assert resolve([read_layer(path)]).recipe == recipe
+
+
+def test_only_a_language_model_is_packed() -> None:
+    """A head reads each document's last token, and masks are drawn for padded rows."""
+    match = r"packing = 'on' with objective = 'classification': .* give --set packing=off"
+    with pytest.raises(UsageError, match=match):
+        recipe_of(packing="on", objective="classification")
+
+
 def test_json_files_are_read(tmp_path: Path) -> None:
     """A .json recipe is read as JSON, lists becoming tuples."""
     path = tmp_path / "recipe.json"

@@ -129,9 +129,9 @@ _UNRELATED = (
     "train_documents_per_class", "priors", "discriminative_weight", "lora_alpha", "epochs",
     "max_steps", "global_batch_tokens", "global_batch_size", "learning_rate",
     "min_learning_rate_fraction", "lr_schedule", "warmup_fraction", "weight_decay", "adam_beta1",
-    "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "evaluate_every_steps", "profile",
-    "placement", "checkpoint_every_steps", "keep_checkpoints", "log_every_steps",
-    "max_time_seconds", "price_usd_per_hour", "budget_usd", "trackers",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "tf32", "seed", "evaluate_every_steps",
+    "profile", "placement", "compile", "checkpoint_every_steps", "keep_checkpoints",
+    "log_every_steps", "max_time_seconds", "price_usd_per_hour", "budget_usd", "trackers",
 )  # fmt: skip
 
 
