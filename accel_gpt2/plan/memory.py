@@ -8,8 +8,10 @@ from accel_gpt2.catalog.models import ModelSpec
 from accel_gpt2.catalog.profiles import HardwareProfile
 from accel_gpt2.catalog.strategies import ShardingStrategy
 from accel_gpt2.plan.device_memory import StateSizes, assemble_plan
-from accel_gpt2.plan.gpt2_memory import PROJECTIONS, Gpt2Step
+from accel_gpt2.plan.gpt2_memory import phases
+from accel_gpt2.plan.gpt2_step import PROJECTIONS, Gpt2Step
 from accel_gpt2.plan.memory_types import ByteRange, MemoryPhase, MemoryPlan, MemoryTerm, Verdict
+from accel_gpt2.plan.state_memory import sizes
 from accel_gpt2.recipe import TrainRecipe
 
 __all__ = [
@@ -107,8 +109,8 @@ def plan_memory(
         on_gpu=profile.gpu is not None,
     )
     return assemble_plan(
-        step.phases(),
-        step.sizes(),
+        phases(step),
+        sizes(step),
         recipe,
         profile,
         strategy,

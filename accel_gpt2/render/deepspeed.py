@@ -11,7 +11,7 @@ def deepspeed_config(strategy: ShardingStrategy) -> dict[str, Any]:
     """A ZeRO strategy as DeepSpeed spells it; what a recipe decides is "auto" here.
 
     Micro batches and their accumulation are the training loop's, so the engine is told of one.
-    Bucket sizes are those of the memory arithmetic (`plan.gpt2_memory`).
+    Bucket sizes are those of the memory arithmetic (`plan.state_memory`).
     """
     return {
         "train_micro_batch_size_per_gpu": 1,
