@@ -14,6 +14,7 @@ _STEPS = """
 import time, numpy as np, torch
 from accel_gpt2.data.batching import collate
 from accel_gpt2.recipe import Layer, resolve
+from accel_gpt2.train.causal import arrays
 from accel_gpt2.train.model import build_model
 from accel_gpt2.train.optim import build_optimizer
 
@@ -22,7 +23,7 @@ model = build_model(recipe, vocab_size=4096, eos_token_id=0).train()
 optimizer = build_optimizer(model, recipe)
 random = np.random.default_rng(0)
 batch = collate([random.integers(0, 4096, 65) for _ in range(32)])
-tensors = [torch.from_numpy(x) for x in (batch.input_ids, batch.targets, batch.valid)]
+tensors = [torch.from_numpy(x) for x in arrays(batch)]
 for step in range(13):
     if step == 3:
         started = time.perf_counter()

@@ -26,45 +26,49 @@ class LanguageModel(TransformersModel):
         """Sum of the valid targets' negative log-likelihood in nats, fp32 scalar.
 
         Args:
-            tensors: input_ids and targets, int64 [documents, longest]; valid, bool, same shape.
+            tensors: see `arrays`.
         """
-        input_ids, targets, valid = tensors
-        hidden, head = self.hidden_states(input_ids, valid)
+        input_ids, targets, positions = tensors
+        hidden, head = self.hidden_states(input_ids, positions)
         return chunked_cross_entropy(
-            hidden, head.weight, head.bias, targets[valid], self.loss_chunk_tokens
+            hidden, head.weight, head.bias, targets, self.loss_chunk_tokens
         )
 
-    def losses_by_group(self, tensors: Sequence[Tensor], num_groups: int) -> list[Tensor]:
-        """What `forward` gives for each of as many equal groups of the batch's rows."""
-        input_ids, targets, valid = tensors
-        hidden, head = self.hidden_states(input_ids, valid)
-        sizes = valid.view(num_groups, -1).sum(dim=1).tolist()
-        groups = zip(torch.split(hidden, sizes), torch.split(targets[valid], sizes), strict=True)
+    def losses_by_group(self, tensors: Sequence[Tensor], sizes: list[int]) -> list[Tensor]:
+        """What `forward` gives for each group of targets, so many of them in order."""
+        input_ids, targets, positions = tensors
+        hidden, head = self.hidden_states(input_ids, positions)
+        groups = zip(torch.split(hidden, sizes), torch.split(targets, sizes), strict=True)
         return [
             chunked_cross_entropy(rows, head.weight, head.bias, wanted, self.loss_chunk_tokens)
             for rows, wanted in groups
         ]
 
-    def hidden_states(self, input_ids: Tensor, valid: Tensor) -> tuple[Tensor, nn.Linear]:
-        """What the head is applied to, [valid targets, n_embd], and the head."""
+    def hidden_states(self, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, nn.Linear]:
+        """What the head is applied to, [num_targets, n_embd], and the head."""
         base = self.transformers_model
         # No attention mask: with right padding causal attention alone is exact, and the kernels
         # for is_causal are the fast ones.
         hidden = base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return hidden[valid], base.get_output_embeddings()
+        return hidden.flatten(0, 1).index_select(0, positions), base.get_output_embeddings()
 
     @torch.no_grad()
-    def token_log_likelihoods(self, input_ids: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-        """log p of each valid target in nats, fp32, one document's after the other's."""
-        hidden, head = self.hidden_states(input_ids, valid)
+    def token_log_likelihoods(
+        self, input_ids: Tensor, targets: Tensor, positions: Tensor
+    ) -> Tensor:
+        """log p of each target in nats, fp32, one document's after the other's."""
+        hidden, head = self.hidden_states(input_ids, positions)
         return chunked_log_likelihoods(
-            hidden, head.weight, head.bias, targets[valid], self.loss_chunk_tokens
+            hidden, head.weight, head.bias, targets, self.loss_chunk_tokens
         )
 
     @torch.no_grad()
-    def document_log_likelihoods(self, input_ids: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    def document_log_likelihoods(
+        self, input_ids: Tensor, targets: Tensor, positions: Tensor
+    ) -> Tensor:
         """log p(document) of each row in nats, float64 [documents]; arguments as in `forward`."""
-        return sum_by_document(self.token_log_likelihoods(input_ids, targets, valid), valid)
+        per_token = self.token_log_likelihoods(input_ids, targets, positions)
+        return sum_by_document(per_token, input_ids, positions)
 
     def num_targets(self, lengths: NDArray[Any]) -> Indices:
         return np.asarray(lengths, dtype=np.int64) - 1
@@ -82,9 +86,9 @@ class LanguageModel(TransformersModel):
         self, documents: Sequence[NDArray[Any]], device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """What `score` gives, and the fp32 log-likelihoods that it sums, document by document."""
-        tensors = to_device(arrays(collate(documents)), device)
-        per_token = self.token_log_likelihoods(*tensors)
-        return sum_by_document(per_token, tensors[2]), per_token
+        input_ids, targets, positions = to_device(arrays(collate(documents)), device)
+        per_token = self.token_log_likelihoods(input_ids, targets, positions)
+        return sum_by_document(per_token, input_ids, positions), per_token
 
     def validation(
         self, scores: NDArray[np.float64], documents: TokenizedDocuments, own: Indices
@@ -105,12 +109,17 @@ def language_validation(scores: NDArray[np.float64], documents: TokenizedDocumen
     )
 
 
-def sum_by_document(per_token: Tensor, valid: Tensor) -> Tensor:
-    """Sums of the valid targets' values, float64 [documents]."""
-    totals = torch.zeros(len(valid), dtype=torch.float64, device=per_token.device)
-    return totals.index_add_(0, valid.nonzero()[:, 0], per_token.double())
+def sum_by_document(per_token: Tensor, input_ids: Tensor, positions: Tensor) -> Tensor:
+    """Sums of the targets' values, float64 [documents]."""
+    totals = torch.zeros(len(input_ids), dtype=torch.float64, device=per_token.device)
+    return totals.index_add_(0, positions // input_ids.shape[1], per_token.double())
 
 
 def arrays(batch: TokenBatch) -> Batch:
-    """In the order in which `LanguageModel.forward` takes them."""
-    return batch.input_ids, batch.targets, batch.valid
+    """As `LanguageModel.forward` takes them: input_ids, [documents, longest]; targets and their
+    positions in the flattened input_ids, [num_targets]; all int64.
+
+    Where the targets are is found out here: a device that is asked for the true ones of a mask has
+    to finish all that is queued before it can say how many there are.
+    """
+    return batch.input_ids, batch.targets[batch.valid], np.flatnonzero(batch.valid)

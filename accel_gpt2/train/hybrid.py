@@ -73,30 +73,31 @@ class HybridLanguageModels(TrainedModel):
         weights: their gradient is that of the loss.
 
         Args:
-            tensors: input_ids and targets, int64 [documents, longest]; valid, bool, same shape;
-                labels, int64 [documents].
+            tensors: input_ids, targets and positions as in `causal.arrays`; labels, int64
+                [documents].
         """
-        input_ids, targets, valid, labels = tensors
-        states = [model.hidden_states(input_ids, valid) for model in self.finals]
-        wanted = targets[valid]
+        input_ids, targets, positions, labels = tensors
+        states = [model.hidden_states(input_ids, positions) for model in self.finals]
         with torch.no_grad():
             likelihoods = torch.stack(
                 [
                     sum_by_document(
                         chunked_log_likelihoods(
-                            hidden, head.weight, head.bias, wanted, model.loss_chunk_tokens
+                            hidden, head.weight, head.bias, targets, model.loss_chunk_tokens
                         ),
-                        valid,
+                        input_ids,
+                        positions,
                     )
                     for model, (hidden, head) in zip(self.finals, states, strict=True)
                 ],
                 dim=1,
             )
         likelihoods.requires_grad_()
-        loss = self._loss(likelihoods, labels, valid.sum(dim=1))
+        num_tokens = sum_by_document(torch.ones_like(targets), input_ids, positions)
+        loss = self._loss(likelihoods, labels, num_tokens)
         (weights,) = torch.autograd.grad(loss, likelihoods, retain_graph=True)
         # What it adds to the loss is zero, and to the gradient everything but the scale's.
-        rows = valid.nonzero()[:, 0]
+        rows = positions // input_ids.shape[1]
         total = loss
         for index, (model, (hidden, head)) in enumerate(zip(self.finals, states, strict=True)):
             # A likelihood is minus a token's loss, so each loss counts minus the weight.
@@ -104,7 +105,7 @@ class HybridLanguageModels(TrainedModel):
                 hidden,
                 head.weight,
                 head.bias,
-                wanted,
+                targets,
                 model.loss_chunk_tokens,
                 row_weights=-weights[rows, index],
             )

@@ -252,9 +252,11 @@ class StackedModels:
         numbers = [self._numbers[id(item.backend.plain_model)] for item in micro_batches]
         for layer in self._layers:
             layer.numbers = numbers
-        tensors = _stack([item.tensors for item in micro_batches])
+        batches = [item.tensors for item in micro_batches]
         with self._accelerator.autocast():
-            losses = self._joint.losses_by_group(tensors, len(micro_batches))
+            losses = self._joint.losses_by_group(
+                _stack(batches), [len(targets) for _, targets, _ in batches]
+            )
         scaled = []
         for loss, item in zip(losses, micro_batches, strict=True):
             scaler = item.backend.scaler  # each model has its own
@@ -264,16 +266,17 @@ class StackedModels:
 
 
 def _stack(batches: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """One batch of all rows, those of each padded to the same number and length.
-
-    Padding is zeros, where nothing is valid: see `LanguageModel.forward`.
-    """
-    documents = max(len(batch[0]) for batch in batches)
-    longest = max(batch[0].shape[1] for batch in batches)
-    return tuple(
-        torch.cat([pad(x, (0, longest - x.shape[1], 0, documents - len(x))) for x in parts])
-        for parts in zip(*batches, strict=True)
-    )
+    """One batch, as `causal.arrays` has it, of all rows, those of each padded with zeros to the
+    same number and length."""
+    documents = max(len(input_ids) for input_ids, _, _ in batches)
+    longest = max(input_ids.shape[1] for input_ids, _, _ in batches)
+    padded, moved = [], []
+    for number, (input_ids, _, positions) in enumerate(batches):
+        rows, width = input_ids.shape
+        padded.append(pad(input_ids, (0, longest - width, 0, documents - rows)))
+        row = positions // width
+        moved.append((number * documents + row) * longest + positions % width)
+    return torch.cat(padded), torch.cat([batch[1] for batch in batches]), torch.cat(moved)
 
 
 class _StackedLora(nn.Module):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from accel_gpt2.data.batching import collate
-from accel_gpt2.train.causal import LanguageModel
+from accel_gpt2.train.causal import LanguageModel, arrays
 from accel_gpt2.train.loss import chunked_cross_entropy, chunked_log_likelihoods
 
 
@@ -80,9 +80,7 @@ def test_model_loss_equals_transformers_loss() -> None:
         torch.randint(101, (length,), generator=generator).numpy() for length in (5, 17, 9)
     ]
     batch = collate(documents)
-    ours = LanguageModel(model, loss_chunk_tokens=4)(
-        *(torch.from_numpy(x) for x in (batch.input_ids, batch.targets, batch.valid))
-    )
+    ours = LanguageModel(model, loss_chunk_tokens=4)(*(torch.from_numpy(x) for x in arrays(batch)))
     theirs = 0.0
     for document in documents:
         ids = torch.from_numpy(document)[None]

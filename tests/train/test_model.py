@@ -11,7 +11,7 @@ from accel_gpt2.data.batching import collate
 from accel_gpt2.data.weights import weights_location
 from accel_gpt2.errors import UsageError, UserError
 from accel_gpt2.recipe import TrainRecipe
-from accel_gpt2.train.causal import LanguageModel
+from accel_gpt2.train.causal import LanguageModel, arrays
 from accel_gpt2.train.model import build_model
 from accel_gpt2.train.optim import build_optimizer, learning_rate_at
 from accel_gpt2.train.processes import build_accelerator
@@ -101,9 +101,9 @@ def test_what_follows_a_document_never_reaches_it(pretrained: Path) -> None:
     """Replacing the padding by other tokens leaves the loss as it is."""
     model = _build(_recipe(pretrained)).eval()
     batch = collate([np.arange(1, 20), np.arange(1, 6)])
-    tensors = [torch.from_numpy(x) for x in (batch.input_ids, batch.targets, batch.valid)]
+    tensors = [torch.from_numpy(x) for x in arrays(batch)]
     before = model(*tensors).item()
-    tensors[0] = torch.where(tensors[2], tensors[0], torch.tensor(13))
+    tensors[0] = torch.where(torch.from_numpy(batch.valid), tensors[0], torch.tensor(13))
     assert model(*tensors).item() == pytest.approx(before, abs=1e-4)
 
 
@@ -125,7 +125,7 @@ def test_lora_trains_every_projection_and_only_adapters(pretrained: Path) -> Non
     }
     optimizer = build_optimizer(model, recipe)
     batch = collate([np.arange(1, 20), np.arange(1, 6)])
-    tensors = [torch.from_numpy(x) for x in (batch.input_ids, batch.targets, batch.valid)]
+    tensors = [torch.from_numpy(x) for x in arrays(batch)]
     for _ in range(2):  # at the first step A gets no gradient, since B is zero
         model(*tensors).backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -139,7 +139,7 @@ def test_lora_trains_every_projection_and_only_adapters(pretrained: Path) -> Non
 def test_gradient_checkpointing_changes_no_gradient(pretrained: Path, finetuning: Any) -> None:
     """With and without recomputation the gradients are equal, adapters included."""
     batch = collate([np.arange(1, 20), np.arange(1, 6)])
-    tensors = [torch.from_numpy(x) for x in (batch.input_ids, batch.targets, batch.valid)]
+    tensors = [torch.from_numpy(x) for x in arrays(batch)]
     gradients = []
     for checkpointing in (False, True):
         recipe = _recipe(pretrained, finetuning=finetuning, gradient_checkpointing=checkpointing)
@@ -211,13 +211,13 @@ def test_dora_starts_as_the_base_and_trains_lengths_and_directions(pretrained: P
 def _batch() -> tuple[Any, ...]:
     """A batch as a language model takes it."""
     batch = collate([np.arange(1, 20), np.arange(1, 6)])
-    return batch.input_ids, batch.targets, batch.valid
+    return arrays(batch)
 
 
 def test_dropout_of_the_recipe_reaches_the_model(pretrained: Path) -> None:
     """Two training passes differ with dropout and are equal without."""
     batch = collate([np.arange(1, 20)])
-    tensors = [torch.from_numpy(x) for x in (batch.input_ids, batch.targets, batch.valid)]
+    tensors = [torch.from_numpy(x) for x in arrays(batch)]
     for dropout in (0.0, 0.5):
         model = _build(_recipe(pretrained, dropout=dropout)).train()
         losses = {model(*tensors).item() for _ in range(3)}
@@ -326,7 +326,7 @@ def test_optimizers_lower_the_loss(optimizer: Any) -> None:
     model = build_model(recipe, vocab_size=300, eos_token_id=0).train()
     built = build_optimizer(model, recipe)
     batch = collate([np.arange(1, 20), np.arange(5, 60)])
-    tensors = [torch.from_numpy(x) for x in (batch.input_ids, batch.targets, batch.valid)]
+    tensors = [torch.from_numpy(x) for x in arrays(batch)]
     losses = []
     for _ in range(8):
         loss = model(*tensors) / batch.num_tokens

@@ -46,7 +46,7 @@ def test_evaluating_and_saving_stay_below_training(tmp_path: Path) -> None:
     ids = torch.full((MICRO_BATCH_TOKENS // (LENGTH - 1), LENGTH - 1), 7)
 
     def train() -> None:
-        model(ids, ids, torch.ones_like(ids, dtype=torch.bool)).backward()
+        model(ids, ids.flatten(), torch.arange(ids.numel(), device=ids.device)).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -114,7 +114,8 @@ def test_copies_share_what_is_frozen_and_nothing_else(kind: str, base: Path) -> 
     models = [first, share_frozen(first), share_frozen(first)]
     assert _held_bytes(models) == base_bytes + 3 * adapter_bytes
     input_ids = torch.arange(40).view(2, 20)
-    losses = [model(input_ids, input_ids, torch.ones(2, 20, dtype=torch.bool)) for model in models]
+    tensors = (input_ids, input_ids.flatten(), torch.arange(40))
+    losses = [model(*tensors) for model in models]
     assert losses[0].item() == losses[1].item() == losses[2].item()
     for loss in losses:
         loss.backward()
