@@ -27,6 +27,7 @@ from .trainings import train, train_each, train_until
 from .zero import (
     gone_on,
     is_let_go_of,
+    norms_of_repeated,
     own_elements,
     probed_alone,
     steps_of_scales,
@@ -202,6 +203,17 @@ def test_bf16_keeps_the_weights_in_fp32(strategy: str, alone: dict[str, Any]) ->
         moved = (tensor - alone["before"][name]).abs()
         assert moved.max() < 1.1e-6, name  # AdamW's first step is as long as its learning rate
         assert moved.max() > 0 or tensor.ndim < 2, name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bf16_gradients_are_added_up_in_fp32(strategy: str) -> None:
+    """Twenty micro batches that are alike have twenty times the gradient of one; stage 2's offload,
+    which would hold fp32 sums on the GPU, is the exception."""
+    recipe = dataclasses.replace(_TINY, mixed_precision="bf16", learning_rate=1e-12)
+    (one, twenty), _ = run(strategy, 2, norms_of_repeated, recipe, [1, 20])
+    assert 0.1 < one < 10
+    off = abs(twenty / (20 * one) - 1)
+    assert 2e-4 < off < 2e-3 if strategy == "zero2_offload" else off < 5e-5
 
 
 def test_each_process_holds_its_share(alone: dict[str, Any]) -> None:

@@ -61,6 +61,22 @@ def steps_of_scales(recipe: TrainRecipe, scales: Sequence[float]) -> dict[str, A
     }
 
 
+def norms_of_repeated(recipe: TrainRecipe, counts: Sequence[int]) -> list[float]:
+    """Gradient norms of steps of so many micro batches, all alike; the weights stay."""
+    accelerator, backend = _build(recipe)
+    model = backend.plain_model
+    arrays = model.collate([Documents([9]).document(0)], np.zeros(1, dtype=np.int64), epoch=0)
+    tensors = to_device(arrays, accelerator.device)
+    norms = []
+    for count in counts:
+        for number in range(1, count + 1):
+            backend.run(tensors, scale=0.01, last=number == count)
+        norms.append(backend.clip_grad_norm(1.0))
+        backend.step()
+        backend.zero_grad()
+    return norms
+
+
 def gone_on(recipe: TrainRecipe) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights after two steps with dropout, and after the second of them in a new backend that
     goes on from what the first step left."""
