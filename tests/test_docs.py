@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from accel_gpt2.cli.app import app
+from accel_gpt2.cli.verbs import application
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -38,7 +38,7 @@ def test_documented_command_parses(words: list[str]) -> None:
         script = next(i for i, word in enumerate(words) if word.endswith(".py"))
         assert (ROOT / words[script]).is_file()
         words = ["accel-gpt2", Path(words[script]).stem, *words[script + 1 :]]
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(application(words[1:2]))
     verb = group.commands[words[1]]
     verb.make_context(words[1], words[2:])
 

@@ -13,9 +13,8 @@ from accel_gpt2.cli.hardware import (
     detect_hardware,
     profile_here,
 )
-from accel_gpt2.cli.options import JsonOption, TrainOptions
+from accel_gpt2.cli.options import JsonOption, TrainOptions, given_layers
 from accel_gpt2.cli.output import print_json, print_line, say
-from accel_gpt2.cli.train import given_layers
 from accel_gpt2.errors import DoesNotFitError, UsageError
 from accel_gpt2.recipe import Layer, resolve
 from accel_gpt2.units import format_bytes, format_count, format_seconds

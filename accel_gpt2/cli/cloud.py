@@ -21,6 +21,7 @@ from accel_gpt2.cli.options import (
     DryRunOption,
     JsonOption,
     TrainOptions,
+    given_layers,
     typed_words,
     with_train_options,
 )
@@ -199,7 +200,6 @@ def _own_gpu(gpu: str | None) -> str:
 
 
 def _given(options: TrainOptions) -> "tuple[list[Layer], TrainRecipe]":
-    from accel_gpt2.cli.train import given_layers
     from accel_gpt2.recipe import resolve
 
     layers = given_layers(options)

@@ -21,7 +21,13 @@ from accel_gpt2.catalog.profiles import PROFILES, HardwareProfile
 from accel_gpt2.catalog.providers import PROVIDERS
 from accel_gpt2.cli.errors import plain_app
 from accel_gpt2.cli.hardware import describe_profile, detect_hardware, planned_profile
-from accel_gpt2.cli.options import DebugOption, JsonOption, TrainOptions, with_train_options
+from accel_gpt2.cli.options import (
+    DebugOption,
+    JsonOption,
+    TrainOptions,
+    given_layers,
+    with_train_options,
+)
 from accel_gpt2.cli.output import print_json, say, warn
 from accel_gpt2.errors import DoesNotFitError, UsageError, UserError, nearest
 from accel_gpt2.plan.cost import (
@@ -240,8 +246,6 @@ def _layers(options: TrainOptions, *, planned: bool) -> "list[Layer] | None":
     Raises:
         UsageError: when neither is.
     """
-    from accel_gpt2.cli.train import given_layers
-
     typed = [x.origin for x in options.layers if "profile" not in x.values]
     typed += [] if options.recipe_file is None else ["--recipe"]
     if planned:

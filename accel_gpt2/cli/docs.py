@@ -5,8 +5,8 @@ from typing import Any
 
 import typer
 
-from accel_gpt2.cli.app import app
 from accel_gpt2.cli.output import print_line
+from accel_gpt2.cli.verbs import application
 
 _HEADER = """\
 # Command line
@@ -27,7 +27,7 @@ ones win.
 
 def cli_markdown() -> str:
     """The page: the help of the program and of every verb, 80 columns wide."""
-    group: Any = typer.main.get_command(app)
+    group: Any = typer.main.get_command(application())
     root = group.context_class(group, info_name="accel-gpt2", terminal_width=80)
     sections = [_section("accel-gpt2", group.get_help(root))]
     sections += _sections(group, root)

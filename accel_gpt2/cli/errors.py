@@ -5,13 +5,16 @@ import os
 import sys
 import threading
 import traceback
-
-import typer
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from accel_gpt2.cli.output import check_ranks, is_main_process, say
 from accel_gpt2.errors import ExitCode, StoppedEarly, UsageError
 from accel_gpt2.failures import ending, is_expected, is_told
 from accel_gpt2.terminal import printable, shortened
+
+if TYPE_CHECKING:
+    import typer
 
 _show_traceback = False
 
@@ -32,9 +35,11 @@ def outcome(error: BaseException | None) -> tuple[int, str]:
     >>> outcome(ZeroDivisionError("division by zero"))[1]
     'ZeroDivisionError: division by zero. Run again with --debug for the traceback.'
     """
+    if error is None:
+        return int(ExitCode.DONE), ""
+    import typer
+
     match error:
-        case None:
-            return int(ExitCode.DONE), ""
         case typer.Abort():
             return int(ExitCode.INTERRUPTED), "Interrupted."
         case typer.Exit():
@@ -51,11 +56,13 @@ def outcome(error: BaseException | None) -> tuple[int, str]:
             return code, f"{reason}. Run again with --debug for the traceback."
 
 
-def plain_app(name: str | None = None, *, no_args_is_help: bool = False) -> typer.Typer:
+def plain_app(name: str | None = None, *, no_args_is_help: bool = False) -> "typer.Typer":
     """A Typer application whose failures come to `run`, and whose help reads well at any width.
 
     Typer's panels cut long option names at 80 columns and cost 0.1 s; plain help does neither.
     """
+    import typer
+
     return typer.Typer(
         name=name,
         no_args_is_help=no_args_is_help,
@@ -65,8 +72,8 @@ def plain_app(name: str | None = None, *, no_args_is_help: bool = False) -> type
     )
 
 
-def run(app: typer.Typer) -> None:
-    """Run a command line to its end, and leave with its exit code.
+def run(app: Callable[..., Any]) -> None:
+    """Run a command line, a Typer application or what starts one, and leave with its exit code.
 
     The text of a failure goes to stderr. Of several launched processes only the first one prints
     what all of them have met; an unexpected failure is printed by whoever has it.

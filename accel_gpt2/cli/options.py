@@ -12,6 +12,7 @@ from accel_gpt2.catalog.datasets import DATASETS
 from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.catalog.strategies import StrategyName
 from accel_gpt2.cli.errors import show_tracebacks
+from accel_gpt2.cli.run_directory import RECIPE_FILE
 from accel_gpt2.errors import UsageError
 from accel_gpt2.recipe import (
     Finetuning,
@@ -22,6 +23,8 @@ from accel_gpt2.recipe import (
     PlacementChoice,
     TrainRecipe,
     assignments_layer,
+    environment_layer,
+    read_layer,
 )
 from accel_gpt2.units import parse_seconds
 
@@ -255,6 +258,29 @@ def command_line_layers(values: dict[str, object], assignments: list[str]) -> tu
     if problems:
         raise UsageError("\n".join(problems))
     return (*options, assigned) if assigned.values else tuple(options)
+
+
+def given_layers(options: TrainOptions) -> list[Layer]:
+    """What the person gave: a file, the environment, options; each goes over the ones before.
+
+    Raises:
+        UsageError: for a file or an environment that cannot be read.
+    """
+    given: list[Layer] = []
+    if options.recipe_file is not None:
+        given.append(read_layer(options.recipe_file))
+    # A run's own recipe.yaml is already resolved, and the environment has had its say in it.
+    if not is_own_recipe(options.recipe_file, options.output_dir):
+        environment = environment_layer()
+        given += [environment] if environment.values else []
+    return [*given, *options.layers]
+
+
+def is_own_recipe(recipe_file: Path | None, output_dir: Path | None) -> bool:
+    """Whether a recipe file is what a run directory was made with, resolved to the last value."""
+    if recipe_file is None or output_dir is None:
+        return False
+    return recipe_file.absolute() == (output_dir / RECIPE_FILE).absolute()
 
 
 def typed_words(options: TrainOptions) -> list[str]:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from accel_gpt2.cli.hardware import DetectedHardware, detect_hardware, planned_profile
-from accel_gpt2.cli.options import JsonOption, TrainOptions, typed_words
+from accel_gpt2.cli.options import JsonOption, TrainOptions, given_layers, typed_words
 from accel_gpt2.cli.output import print_json, say
 from accel_gpt2.cli.run_directory import default_run_directory
-from accel_gpt2.cli.train import given_layers
 from accel_gpt2.durable import write_bytes
 from accel_gpt2.errors import DoesNotFitError, UsageError
 from accel_gpt2.plan.candidates import CHOICES, Preference

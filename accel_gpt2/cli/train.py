@@ -33,10 +33,9 @@ from accel_gpt2.cli.launcher import (
     use_expandable_segments,
     use_nvidia_smi_order,
 )
-from accel_gpt2.cli.options import TrainOptions, train_command
+from accel_gpt2.cli.options import TrainOptions, given_layers, is_own_recipe, train_command
 from accel_gpt2.cli.output import is_main_process, print_line, say, warn
 from accel_gpt2.cli.run_directory import (
-    RECIPE_FILE,
     check_run_directory,
     default_run_directory,
     prepare_run_directory,
@@ -49,8 +48,6 @@ from accel_gpt2.recipe import (
     FIELDS,
     Layer,
     ResolvedRecipe,
-    environment_layer,
-    read_layer,
     resolve,
 )
 from accel_gpt2.units import format_bytes, format_seconds
@@ -105,7 +102,7 @@ def choose(
     strategy = launched or asked_strategy(options.strategy, profile)
     resolved, plan = asked, None
     warnings: list[str] = []
-    if not _is_own_recipe(options.recipe_file, options.output_dir):
+    if not is_own_recipe(options.recipe_file, options.output_dir):
         given = [*kept_choices(run_directory, profile, resume=options.resume), *given]
         plan = plan_here(given, profile_here(profile, hardware), depth="none", strategy=strategy)
         resolved, warnings = _planned(plan, given, profile)
@@ -137,22 +134,6 @@ def choose(
 _IN_ONE_LAUNCH: tuple[Placement, ...] = ("sequential", "shared-base")
 
 
-def given_layers(options: TrainOptions) -> list[Layer]:
-    """What the person gave: a file, the environment, options; each goes over the ones before.
-
-    Raises:
-        UsageError: for a file or an environment that cannot be read.
-    """
-    given: list[Layer] = []
-    if options.recipe_file is not None:
-        given.append(read_layer(options.recipe_file))
-    # A run's own recipe.yaml is already resolved, and the environment has had its say in it.
-    if not _is_own_recipe(options.recipe_file, options.output_dir):
-        environment = environment_layer()
-        given += [environment] if environment.values else []
-    return [*given, *options.layers]
-
-
 def _planned(
     plan: "RunPlan | None", given: list[Layer], profile: HardwareProfile
 ) -> tuple[ResolvedRecipe, list[str]]:
@@ -177,12 +158,6 @@ def _planned(
     if covers(smallest.recipe, model) and smallest.device.low > there:
         raise DoesNotFitError(sentence)
     return smallest.resolved, [f"{sentence} Trying it all the same."]
-
-
-def _is_own_recipe(recipe_file: Path | None, output_dir: Path | None) -> bool:
-    if recipe_file is None or output_dir is None:
-        return False
-    return recipe_file.absolute() == (output_dir / RECIPE_FILE).absolute()
 
 
 def start_training(options: TrainOptions, launcher: Launcher = run_launch) -> None:
@@ -291,7 +266,7 @@ def _check_and_take(choice: TrainChoice, options: TrainOptions, trainer: Trainer
 
 
 def _train(choice: TrainChoice, options: TrainOptions, trainer: Trainer) -> None:
-    if not _is_own_recipe(options.recipe_file, options.output_dir):  # else `train` has said it
+    if not is_own_recipe(options.recipe_file, options.output_dir):  # else `train` has said it
         _announce(choice, quiet=options.quiet)
     _use_device(choice)
     _preflight(choice)
