@@ -8,9 +8,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -51,6 +50,9 @@ from accel_gpt2.data.raw import FieldChoice, RawSplit
 from accel_gpt2.errors import UserError, nearest
 from accel_gpt2.recipe import TrainRecipe
 
+if TYPE_CHECKING:  # the library takes a second, and predicting needs none of it
+    import datasets
+
 __all__ = [
     "NO_TEST_SPLIT",
     "TextData",
@@ -83,9 +85,9 @@ class TextData:
 
     name: str
     class_names: tuple[str, ...]
-    train: datasets.Dataset
-    validation: datasets.Dataset
-    test: datasets.Dataset
+    train: "datasets.Dataset"
+    validation: "datasets.Dataset"
+    test: "datasets.Dataset"
     treatments: tuple[Treatment, ...]
     source: str
     fingerprint: str
@@ -206,7 +208,7 @@ def load_documents(
     *,
     text_field: str = "auto",
     label_field: str = "auto",
-) -> datasets.Dataset:
+) -> "datasets.Dataset":
     """The documents of one split of a data set, untreated, labelled with the classes of a run.
 
     Columns as in `TextData`. A single file has no splits and is read whole. A data set without a
@@ -437,7 +439,9 @@ def _require_every_class(
     )
 
 
-def _dataset(split: LabelledSplit, rows: NDArray[Any]) -> datasets.Dataset:
+def _dataset(split: LabelledSplit, rows: NDArray[Any]) -> "datasets.Dataset":
+    import datasets
+
     table = pa.table(
         {
             "text": split.raw.table["text"],

@@ -11,9 +11,8 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,6 +21,9 @@ from numpy.typing import NDArray
 from accel_gpt2.data.cache import cached_file, content_key
 from accel_gpt2.data.progress import document_progress
 from accel_gpt2.data.tokenizer import CHARACTERS_PER_TOKEN, TextTokenizer
+
+if TYPE_CHECKING:  # the library takes a second, and predicting needs none of it
+    import datasets
 
 _FORMAT_VERSION = 1
 _BATCH_DOCUMENTS = 256
@@ -77,7 +79,7 @@ class TokenizedDocuments:
 class Texts:
     """The texts of documents, read in batches: one by one `datasets` is many times slower."""
 
-    documents: datasets.Dataset
+    documents: "datasets.Dataset"
 
     def __iter__(self) -> Iterator[str]:
         texts = self.documents.select_columns(["text"]).with_format("arrow")
@@ -86,7 +88,7 @@ class Texts:
 
 
 def tokenize_documents(
-    documents: datasets.Dataset,
+    documents: "datasets.Dataset",
     tokenizer: TextTokenizer,
     max_length: int,
     *,
@@ -123,7 +125,7 @@ def tokenize_documents(
     )
 
 
-def _integers(documents: datasets.Dataset, column: str) -> NDArray[np.int64]:
+def _integers(documents: "datasets.Dataset", column: str) -> NDArray[np.int64]:
     parts = [
         table[column].to_numpy()
         for table in documents.select_columns([column]).iter(batch_size=100_000)
@@ -131,7 +133,7 @@ def _integers(documents: datasets.Dataset, column: str) -> NDArray[np.int64]:
     return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64, copy=False)
 
 
-def _texts_digest(documents: datasets.Dataset) -> str:
+def _texts_digest(documents: "datasets.Dataset") -> str:
     digest = hashlib.sha256()
     texts = documents.select_columns(["text"]).with_format("arrow")
     for table in texts.iter(batch_size=_BATCH_DOCUMENTS):
@@ -142,7 +144,7 @@ def _texts_digest(documents: datasets.Dataset) -> str:
 
 def _write(
     path: Path,
-    documents: datasets.Dataset,
+    documents: "datasets.Dataset",
     tokenizer: TextTokenizer,
     max_length: int,
     description: str,
