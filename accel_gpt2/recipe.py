@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -68,8 +68,6 @@ class TrainRecipe:
     Lengths and batches are in tokens of the model's own tokenizer, BOS and EOS included. Where one
     model is trained per class, `max_steps` and `epochs` are per class.
     """
-
-    __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True, "allow_inf_nan": False}
 
     # The model.
     model: str = "gpt2"
@@ -277,11 +275,18 @@ def _validated(
     ]
     if unreadable:
         return None, unreadable
-    try:
-        # As JSON, because only there strict reading takes a mapping for a dataclass.
-        recipe = _strict_reader().validate_json(json.dumps(values))
-    except ValidationError as error:
-        return None, [_sentence(dict(problem), origins) for problem in error.errors()]
+    read: dict[str, Any] = dict(values)
+    problems = []
+    # Defaults are as they should be, and a reader for each of them would take longer than a plan.
+    for key in (key for key in values if origins[key] != "default"):
+        try:
+            # As JSON, because only there strict reading takes a list for a tuple.
+            read[key] = _strict_reader(key).validate_json(json.dumps(values[key]))
+        except ValidationError as error:
+            problems += [_sentence(key, dict(x), origins) for x in error.errors()]
+    if problems:
+        return None, problems
+    recipe = TrainRecipe(**read)
     problems = _contradictions(recipe)
     return (None if problems else recipe), problems
 
@@ -303,14 +308,14 @@ _LONGEST_NAME = 4096  # of a path, on most systems
 
 
 @functools.cache
-def _strict_reader() -> "TypeAdapter[TrainRecipe]":
-    from pydantic import TypeAdapter
+def _strict_reader(key: str) -> "TypeAdapter[Any]":
+    from pydantic import ConfigDict, TypeAdapter
 
-    return TypeAdapter(TrainRecipe)
+    kind = typing.get_type_hints(TrainRecipe, include_extras=True)[key]
+    return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
-def _sentence(problem: dict[str, Any], origins: Mapping[str, str]) -> str:
-    key = str(problem["loc"][0])
+def _sentence(key: str, problem: dict[str, Any], origins: Mapping[str, str]) -> str:
     need = problem["msg"].replace("Input should be", "it should be").rstrip(".")
     return f"{key} = {problem['input']!r} (from {origins.get(key, 'the file')}): {need}."
 
@@ -590,7 +595,7 @@ def _recipe_loader() -> "type[yaml.SafeLoader]":
 # What plain text could be taken for and no recipe key wants: dates, and `<<`.
 _NO_RECIPE_TAGS = tuple(f"tag:yaml.org,2002:{name}" for name in ("timestamp", "merge"))
 
-_OTHER_VARIABLES = ("BILLED_SINCE", "CACHE", "DATA", "MODELS", "WAITED_FOR_BY")
+_OTHER_VARIABLES = ("BILLED_SINCE", "CACHE", "DATA", "LAUNCH", "MODELS", "WAITED_FOR_BY")
 
 # The prefix alone makes names alike: this is one letter in ten.
 _SLIP = 0.9

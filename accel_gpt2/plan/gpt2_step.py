@@ -25,7 +25,7 @@ PROJECTIONS = {
 Shapes = tuple[tuple[tuple[int, ...], int], ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # without slots: what follows from the fields is kept
 class Gpt2Step:
     """One training step of one process.
 
@@ -46,42 +46,42 @@ class Gpt2Step:
 
     # ---- Widths, in bytes an element.
 
-    @property
+    @functools.cached_property
     def autocast(self) -> bool:
         """Whether fp32 weights are copied to 16 bits for every product."""
         return self.recipe.mixed_precision in {"fp16", "bf16"} and not self._engine_casts
 
-    @property
+    @functools.cached_property
     def _engine_casts(self) -> bool:
         # DeepSpeed and FSDP2 hand the model 16-bit weights; the fp32 ones are theirs.
         return self.strategy.is_sharded and self.recipe.mixed_precision in {"fp16", "bf16"}
 
-    @property
+    @functools.cached_property
     def pure(self) -> bool:
         """Whether the model itself is in 16 bits."""
         return self.plain_pure or self._engine_casts
 
-    @property
+    @functools.cached_property
     def plain_pure(self) -> bool:
         """Whether there are no fp32 weights anywhere."""
         return self.recipe.mixed_precision == "pure_bf16"
 
-    @property
+    @functools.cached_property
     def weight(self) -> int:
         """Of the model's weights and their gradients."""
         return 2 if self.pure else 4
 
-    @property
+    @functools.cached_property
     def compute(self) -> int:
         """Of what matrix products take and give."""
         return 4 if self.recipe.mixed_precision == "no" else 2
 
-    @property
+    @functools.cached_property
     def stream(self) -> int:
         """Of the residual stream."""
         return self.weight
 
-    @property
+    @functools.cached_property
     def dropout_bytes(self) -> int:
         """What dropout keeps of an element: CUDA a byte, a CPU the noise that it multiplied by."""
         if self.recipe.dropout == 0:
@@ -90,44 +90,44 @@ class Gpt2Step:
 
     # ---- Sizes.
 
-    @property
+    @functools.cached_property
     def nd(self) -> int:
         """Elements of one hidden state."""
         return self.tokens * self.model.n_embd
 
-    @property
+    @functools.cached_property
     def head(self) -> int:
         """Weights of the tied head."""
         return self.model.vocab_size * self.model.n_embd
 
-    @property
+    @functools.cached_property
     def block_matrices(self) -> int:
         """Weights of a block's four projections."""
         return 12 * self.model.n_embd**2
 
-    @property
+    @functools.cached_property
     def chunk_logits(self) -> int:
         """Logits of a loss chunk."""
         return min(self.recipe.loss_chunk_tokens, self.tokens) * self.model.vocab_size
 
-    @property
+    @functools.cached_property
     def full(self) -> bool:
         """Whether every parameter is trained."""
         return self.recipe.finetuning == "full"
 
-    @property
+    @functools.cached_property
     def checkpointed(self) -> int:
         """How many blocks are checkpointed: the first ones."""
         if not self.recipe.gradient_checkpointing:
             return 0
         return min(self.recipe.checkpointed_layers or self.model.n_layer, self.model.n_layer)
 
-    @property
+    @functools.cached_property
     def released(self) -> bool:
         """Whether a gradient goes as soon as it is there, its parameter stepped."""
         return self.recipe.release_gradients
 
-    @property
+    @functools.cached_property
     def adapted(self) -> tuple[str, ...]:
         """The projections that have an adapter."""
         if self.full:
@@ -139,7 +139,7 @@ class Gpt2Step:
             if not targets or any(path == t or path.endswith(f".{t}") for t in targets)
         )
 
-    @property
+    @functools.cached_property
     def trained_shapes(self) -> Shapes:
         """Shapes of the trained tensors, and how many there are of each; the largest first."""
         if self.full:
@@ -157,12 +157,12 @@ class Gpt2Step:
             self.recipe.use_dora,
         )
 
-    @property
+    @functools.cached_property
     def num_trained(self) -> int:
         """Trained parameters."""
         return _count(self.trained_shapes)
 
-    @property
+    @functools.cached_property
     def num_adapter_parameters(self) -> int:
         """Parameters of the adapters."""
         return 0 if self.full else self.num_trained

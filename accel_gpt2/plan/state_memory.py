@@ -1,11 +1,13 @@
 """What weights, gradients and optimizer state take, however many tokens go through the model."""
 
+import functools
 import math
 
 from accel_gpt2.catalog.optimizers import OPTIMIZERS
 from accel_gpt2.plan.device_memory import StateSizes
-from accel_gpt2.plan.gpt2_step import Gpt2Step, term
+from accel_gpt2.plan.gpt2_step import Gpt2Step, Shapes, term
 from accel_gpt2.plan.memory_types import MemoryTerm
+from accel_gpt2.recipe import Optimizer
 
 # NF4 with double quantisation: half a byte a weight, an 8-bit scale for each 64, and an fp32 scale
 # of those for each 256 (Dettmers et al. 2023, section 3).
@@ -126,23 +128,27 @@ def _optimizer_state(step: Gpt2Step) -> MemoryTerm:
 
 def optimizer_state_bytes(step: Gpt2Step) -> float:
     """Of all processes together."""
-    spec = OPTIMIZERS[step.recipe.optimizer]
-    bf16 = step.plain_pure
-    moments = sum(
-        spec.state_bytes(shape, bf16=bf16) * count for shape, count in step.trained_shapes
-    )
+    moments = _moments_bytes(step.recipe.optimizer, step.trained_shapes, step.plain_pure)
     return moments + (2 * step.num_trained if _kahan(step) else 0)
+
+
+@functools.cache
+def _moments_bytes(optimizer: Optimizer, shapes: Shapes, bf16: bool) -> float:
+    spec = OPTIMIZERS[optimizer]
+    return sum(spec.state_bytes(shape, bf16=bf16) * count for shape, count in shapes)
 
 
 def paged_bytes(step: Gpt2Step) -> float:
     """Of the optimizer state, what the driver may move to the host."""
     if not step.on_gpu:
         return 0.0
-    spec = OPTIMIZERS[step.recipe.optimizer]
-    return sum(
-        spec.paged_bytes(shape, bf16=step.plain_pure) * count
-        for shape, count in step.trained_shapes
-    )
+    return _paged_bytes(step.recipe.optimizer, step.trained_shapes, step.plain_pure)
+
+
+@functools.cache
+def _paged_bytes(optimizer: Optimizer, shapes: Shapes, bf16: bool) -> float:
+    spec = OPTIMIZERS[optimizer]
+    return sum(spec.paged_bytes(shape, bf16=bf16) * count for shape, count in shapes)
 
 
 def _deepspeed_buckets(step: Gpt2Step) -> MemoryTerm:

@@ -1,8 +1,10 @@
 """How many optimizer steps a training has, and how it is cut: what `data.batching` will come to."""
 
+import functools
 import math
 from dataclasses import dataclass
 
+from accel_gpt2.catalog.datasets import TokenLengths
 from accel_gpt2.plan.data import DataStatistics
 from accel_gpt2.recipe import TrainRecipe
 
@@ -44,20 +46,13 @@ def plan_steps(recipe: TrainRecipe, data: DataStatistics, world_size: int) -> St
     num_models = data.num_classes if recipe.objective in {"generative", "masked_lm"} else 1
     documents = data.num_train_documents / num_models
     lengths = data.lengths or ((round(data.mean_tokens), 1),)
-    batches = pieces = whole = padded = 0.0
-    for tokens, count in lengths:
-        if recipe.global_batch_size is not None:
-            per_batch = recipe.global_batch_size
-        else:
-            assert recipe.global_batch_tokens is not None, "the recipe gives one of the two"
-            per_batch = max(1, recipe.global_batch_tokens // tokens)
-        per_piece = max(1, int(recipe.micro_batch_tokens * (1 - _BLUR_PADDING / 3) / tokens))
-        cut = math.ceil(per_batch / per_piece)
-        batches += count / per_batch
-        pieces += count / per_batch * math.ceil(cut / world_size)
-        whole += count * tokens
-        padded += count * tokens / (1 - _BLUR_PADDING / max(cut, world_size))
-    micro_batches = pieces / batches
+    batches, micro_batches, padded_share = _cut(
+        lengths,
+        recipe.global_batch_size,
+        recipe.global_batch_tokens,
+        recipe.micro_batch_tokens,
+        world_size,
+    )
     batches *= documents / sum(count for _, count in lengths)
     steps_per_epoch = math.ceil(batches + 0.5 * (math.ceil(batches / _POOL_BATCHES) - 1))
     num_steps = math.ceil(recipe.epochs * steps_per_epoch)
@@ -69,8 +64,33 @@ def plan_steps(recipe: TrainRecipe, data: DataStatistics, world_size: int) -> St
         steps_per_epoch=steps_per_epoch,
         tokens=documents * data.mean_tokens / steps_per_epoch,
         micro_batches=micro_batches,
-        padded_share=whole / padded,
+        padded_share=padded_share,
     )
+
+
+@functools.cache
+def _cut(
+    lengths: TokenLengths,
+    global_batch_size: int | None,
+    global_batch_tokens: int | None,
+    micro_batch_tokens: int,
+    world_size: int,
+) -> tuple[float, float, float]:
+    """Batches of all these documents, micro batches of a batch, and the share that is no padding."""
+    batches = pieces = whole = padded = 0.0
+    for tokens, count in lengths:
+        if global_batch_size is not None:
+            per_batch = global_batch_size
+        else:
+            assert global_batch_tokens is not None, "the recipe gives one of the two"
+            per_batch = max(1, global_batch_tokens // tokens)
+        per_piece = max(1, int(micro_batch_tokens * (1 - _BLUR_PADDING / 3) / tokens))
+        cut = math.ceil(per_batch / per_piece)
+        batches += count / per_batch
+        pieces += count / per_batch * math.ceil(cut / world_size)
+        whole += count * tokens
+        padded += count * tokens / (1 - _BLUR_PADDING / max(cut, world_size))
+    return batches, pieces / batches, whole / padded
 
 
 def num_evaluations(recipe: TrainRecipe, steps: StepPlan) -> int:
