@@ -110,23 +110,29 @@ def _cut_by_tokens(tokens: Indices, budget: int) -> list[int]:
 
 
 def split_micro_batches(
-    lengths: NDArray[Any], batch: Indices, *, world_size: int, micro_batch_tokens: int
+    lengths: NDArray[Any],
+    batch: Indices,
+    *,
+    world_size: int,
+    micro_batch_tokens: int,
+    packed: bool = False,
 ) -> list[list[Indices]]:
     """Cut a global batch for `world_size` ranks: result[accumulation step][rank] are indices.
 
     A micro batch holds documents of neighbouring lengths; its padded size (documents x longest) is
-    at most `micro_batch_tokens`, unless one document alone is longer. Every rank gets the same
-    number of micro batches, because collectives need it; an empty one stands where there are fewer
-    documents than ranks.
+    at most `micro_batch_tokens`, unless one document alone is longer. A packed one has no padding.
+    Every rank gets the same number of micro batches, because collectives need it; an empty one
+    stands where there are fewer documents than ranks.
     """
     by_length = batch[np.argsort(-np.asarray(lengths)[batch], kind="stable")]
     predicted = np.asarray(lengths, dtype=np.int64)[by_length] - 1
-    pieces: list[Indices] = []
-    start = 0
-    while start < len(by_length):
-        count = max(1, micro_batch_tokens // max(1, int(predicted[start])))
-        pieces.append(by_length[start : start + count])
-        start += count
+    cuts = [0]
+    if packed:
+        cuts = _cut_by_tokens(predicted, micro_batch_tokens)
+    while cuts[-1] < len(by_length):
+        count = max(1, micro_batch_tokens // max(1, int(predicted[cuts[-1]])))
+        cuts.append(min(cuts[-1] + count, len(by_length)))
+    pieces = [by_length[start:end] for start, end in itertools.pairwise(cuts)]
     while len(pieces) % world_size:
         widest = max(range(len(pieces)), key=lambda i: len(pieces[i]))
         piece = pieces[widest]
@@ -174,6 +180,54 @@ def collate(documents: Sequence[NDArray[Any]]) -> TokenBatch:
         targets[row, :end] = document[1:]
         valid[row, :end] = True
     return TokenBatch(input_ids=input_ids, targets=targets, valid=valid)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """Documents one after another in a single row, shifted for next-token prediction.
+
+    `input_ids` and `position_ids` (from 0 in each document) are [1, num_tokens]; `targets`
+    [num_targets] are those of the first tokens: what comes behind them fills the row up and
+    predicts nothing. `valid` [documents, longest] is True where a document has a token, in the
+    row's order.
+    """
+
+    input_ids: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    valid: NDArray[np.bool_]
+
+
+def pack(documents: Sequence[NDArray[Any]], row_tokens: int = 0) -> PackedBatch:
+    """Put whole documents (BOS, tokens, EOS) behind one another, in a row of `row_tokens` or more.
+
+    What is missing is filled up with documents of zeros, none of them longer than the longest, so
+    that rows of all micro batches have one shape. No document at all gives, as in `collate`, a row
+    with nothing to predict.
+
+    >>> batch = pack([np.array([9, 5, 6, 9]), np.array([9, 7, 9])], row_tokens=6)
+    >>> batch.input_ids.tolist(), batch.targets.tolist()
+    ([[9, 5, 6, 9, 7, 0]], [5, 6, 9, 7, 9])
+    >>> batch.position_ids.tolist(), batch.valid.sum(axis=1).tolist()
+    ([[0, 1, 2, 0, 1, 0]], [3, 2, 1])
+    """
+    sizes = [len(document) - 1 for document in documents]
+    longest = max(sizes, default=1)
+    missing = max(row_tokens, 1) - sum(sizes)
+    while missing > 0:
+        sizes.append(min(missing, longest))
+        missing -= sizes[-1]
+    input_ids = np.zeros((1, sum(sizes)), dtype=np.int64)
+    position_ids = np.concatenate([np.arange(size) for size in sizes])[None]
+    targets = np.zeros(sum(len(document) - 1 for document in documents), dtype=np.int64)
+    start = 0
+    for document in documents:
+        end = start + len(document) - 1
+        input_ids[0, start:end] = document[:-1]
+        targets[start:end] = document[1:]
+        start = end
+    valid = np.arange(longest) < np.array(sizes)[:, None]
+    return PackedBatch(input_ids=input_ids, targets=targets, position_ids=position_ids, valid=valid)
 
 
 def scoring_batches(lengths: NDArray[Any], *, micro_batch_tokens: int) -> list[Indices]:

@@ -9,10 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from accel_gpt2.data.batching import Indices, TokenBatch, collate
+from accel_gpt2.data.batching import Indices, PackedBatch, TokenBatch, collate, pack
 from accel_gpt2.data.tokenized import TokenizedDocuments
+from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.loss import chunked_cross_entropy, chunked_log_likelihoods
 from accel_gpt2.train.objective import Batch, TransformersModel, Validation, to_device
+from accel_gpt2.train.packing import find_documents, rows_are_packed, use_packed_attention
 
 
 class LanguageModel(TransformersModel):
@@ -21,15 +23,21 @@ class LanguageModel(TransformersModel):
     def __init__(self, model: nn.Module, loss_chunk_tokens: int) -> None:
         super().__init__(model)
         self.loss_chunk_tokens = loss_chunk_tokens
+        self.row_tokens = 0  # to which packed rows are filled up, for what wants a single shape
+
+    def pack_rows(self, recipe: TrainRecipe, device: torch.device) -> None:
+        self.packed = rows_are_packed(recipe, self.transformers_model, device)
+        if self.packed:
+            use_packed_attention(self.transformers_model)
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """Sum of the valid targets' negative log-likelihood in nats, fp32 scalar.
 
         Args:
-            tensors: see `arrays`.
+            tensors: see `arrays` and `packed_arrays`.
         """
-        input_ids, targets, positions = tensors
-        hidden, head = self.hidden_states(input_ids, positions)
+        input_ids, targets, positions, *row = tensors
+        hidden, head = self.hidden_states(input_ids, positions, *row)
         return chunked_cross_entropy(
             hidden, head.weight, head.bias, targets, self.loss_chunk_tokens
         )
@@ -44,20 +52,30 @@ class LanguageModel(TransformersModel):
             for rows, wanted in groups
         ]
 
-    def hidden_states(self, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, nn.Linear]:
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        position_ids: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> tuple[Tensor, nn.Linear]:
         """What the head is applied to, [num_targets, n_embd], and the head."""
         base = self.transformers_model
+        row: dict[str, Any] = {}
+        if position_ids is not None and valid is not None:
+            documents = find_documents(position_ids, valid)
+            row = {"position_ids": position_ids, "documents": documents}
         # No attention mask: with right padding causal attention alone is exact, and the kernels
         # for is_causal are the fast ones.
-        hidden = base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden = base.base_model(input_ids=input_ids, use_cache=False, **row).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, positions), base.get_output_embeddings()
 
     @torch.no_grad()
     def token_log_likelihoods(
-        self, input_ids: Tensor, targets: Tensor, positions: Tensor
+        self, input_ids: Tensor, targets: Tensor, positions: Tensor, *row: Tensor
     ) -> Tensor:
         """log p of each target in nats, fp32, one document's after the other's."""
-        hidden, head = self.hidden_states(input_ids, positions)
+        hidden, head = self.hidden_states(input_ids, positions, *row)
         return chunked_log_likelihoods(
             hidden, head.weight, head.bias, targets, self.loss_chunk_tokens
         )
@@ -76,6 +94,8 @@ class LanguageModel(TransformersModel):
     def collate(
         self, documents: Sequence[NDArray[Any]], labels: NDArray[np.int64], *, epoch: int
     ) -> Batch:
+        if self.packed:
+            return packed_arrays(pack(documents, self.row_tokens))
         return arrays(collate(documents))
 
     def score(self, documents: Sequence[NDArray[Any]], device: torch.device) -> Tensor:
@@ -123,3 +143,10 @@ def arrays(batch: TokenBatch) -> Batch:
     to finish all that is queued before it can say how many there are.
     """
     return batch.input_ids, batch.targets[batch.valid], np.flatnonzero(batch.valid)
+
+
+def packed_arrays(batch: PackedBatch) -> Batch:
+    """As `LanguageModel.forward` takes them: those of `arrays`, documents being one row; and
+    position_ids, [1, tokens]; valid, bool [documents, longest]."""
+    positions = np.arange(len(batch.targets))
+    return batch.input_ids, batch.targets, positions, batch.position_ids, batch.valid

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from accel_gpt2.data.batching import Documents
+from accel_gpt2.data.batching import Documents, split_micro_batches
 from accel_gpt2.errors import DoesNotFitError
 from accel_gpt2.failures import machine_failure
 from accel_gpt2.train.backend import Backend
@@ -42,7 +42,13 @@ def fitting_micro_batch_tokens(
     longest_first = np.argsort(-np.asarray(documents.lengths), kind="stable")
     longest = int(documents.lengths[longest_first[0]]) - 1
     while True:
-        chosen = longest_first[: max(1, micro_batch_tokens // longest)]
+        ((chosen,), *_) = split_micro_batches(
+            documents.lengths,
+            longest_first[:micro_batch_tokens],  # each has a token at least
+            world_size=1,
+            micro_batch_tokens=micro_batch_tokens,
+            packed=backend.plain_model.packed,
+        )
         batch = [documents.document(int(i)) for i in chosen]
         if _fits_on_all(backend, batch, reserved_bytes, accelerator):
             return micro_batch_tokens

@@ -19,6 +19,7 @@ from accel_gpt2.data.batching import Indices
 from accel_gpt2.data.quiet import quiet_transformers
 from accel_gpt2.data.tokenized import TokenizedDocuments
 from accel_gpt2.errors import UserError
+from accel_gpt2.recipe import TrainRecipe
 
 # The arrays of a batch by the order in which `forward` takes them, all with documents first.
 Batch = tuple[NDArray[Any], ...]
@@ -45,6 +46,16 @@ class TrainedModel(nn.Module, ABC):
 
     # What `score` gives for one document: a number, or one for each class.
     score_shape: tuple[int, ...] = ()
+
+    # Whether `collate` puts a training batch's documents into one row, without padding.
+    packed: bool = False
+
+    def pack_rows(self, recipe: TrainRecipe, device: torch.device) -> None:
+        """Settle before a training whether its rows are packed: only a language model's can be.
+
+        Raises:
+            UserError: when the recipe asks for it and it cannot be had.
+        """
 
     @abstractmethod
     def forward(self, *tensors: Tensor) -> Tensor:
@@ -110,12 +121,15 @@ def _shape(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else str(tuple(tensor.shape))
 
 
+def on_host(batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
+    """The arrays as tensors from which a copy to the device need not be waited for."""
+    tensors = [torch.from_numpy(array) for array in batch]
+    return tuple(x.pin_memory() if device.type == "cuda" else x for x in tensors)
+
+
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
     """The arrays as tensors on the device, copied without waiting where the device allows."""
-    tensors = [torch.from_numpy(array) for array in batch]
-    if device.type == "cuda":
-        return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
-    return tuple(tensor.to(device) for tensor in tensors)
+    return tuple(x.to(device, non_blocking=True) for x in on_host(batch, device))
 
 
 class TransformersModel(TrainedModel):

@@ -1,0 +1,150 @@
+"""Documents one after another in a row, without padding, each attending to itself alone.
+
+The model's code is transformers' own: only the attention function is ours, by its
+`AttentionInterface`, and a row's positions begin anew with every document. On a GPU the kernel is
+flash attention for documents of various lengths (`torch.nn.attention.varlen`). Where that is not to
+be had (fp32, dropout, an older GPU, a CPU) queries, keys and values are laid out with padding,
+which is exact for causal attention too, and only what is between the attentions saves the padding.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accel_gpt2.errors import UserError
+from accel_gpt2.recipe import TrainRecipe
+
+ATTENTION = "accel_gpt2_packed"
+
+# By transformers' `model_type`: those that tests/train/test_packing.py packs. Another one may keep
+# what it is called with from its attention, or see a window only.
+PACKED_FAMILIES = ("gpt2", "gpt_neox", "llama")
+
+_HALF = (torch.float16, torch.bfloat16)
+_FIRST_WITH_FLASH = (8, 0)  # compute capability: Ampere
+
+
+class RowDocuments(NamedTuple):
+    """Where the documents of a packed row are. A tuple, which checkpointing and dynamo know.
+
+    Attributes:
+        starts: int32 [documents + 1], cumulative.
+        slots: int64 [num_tokens], of each token in the flattened [documents, longest].
+        valid: bool [documents, longest].
+    """
+
+    starts: Tensor
+    slots: Tensor
+    valid: Tensor
+
+
+def find_documents(position_ids: Tensor, valid: Tensor) -> RowDocuments:
+    """From the arrays of `data.batching.PackedBatch`, without waiting for the device."""
+    numbers = (position_ids[0] == 0).cumsum(0) - 1
+    return RowDocuments(
+        starts=F.pad(valid.sum(dim=1).cumsum(0), (1, 0)).int(),
+        slots=numbers * valid.shape[1] + position_ids[0],
+        valid=valid,
+    )
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    documents: RowDocuments | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each document of a row; transformers' own where there is no row.
+
+    Args:
+        query, key, value: [1, heads, num_tokens, width].
+
+    Returns:
+        [1, num_tokens, heads, width], and no weights.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if documents is None:
+        found: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
+        )
+        return found
+    if _has_varlen(query.device) and query.dtype in _HALF and dropout == 0:
+        from torch.nn.attention.varlen import varlen_attn
+
+        longest = documents.valid.shape[1]
+        out = varlen_attn(
+            *(x[0].transpose(0, 1) for x in (query, key, value)),
+            documents.starts,
+            documents.starts,
+            longest,
+            longest,
+            scale=scaling,
+            window_size=(-1, 0),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return out[None], None
+    padded, _ = sdpa_attention_forward(
+        module,
+        *(_with_padding(x, documents) for x in (query, key, value)),
+        None,
+        scaling=scaling,
+        dropout=dropout,
+        is_causal=True,
+    )
+    return padded.flatten(0, 1).index_select(0, documents.slots)[None], None
+
+
+def _with_padding(packed: Tensor, documents: RowDocuments) -> Tensor:
+    """[documents, heads, longest, width] of [1, heads, num_tokens, width], with zeros."""
+    tokens = packed[0].transpose(0, 1)
+    padded = tokens.new_zeros(documents.valid.numel(), *tokens.shape[1:])
+    padded = padded.index_copy(0, documents.slots, tokens)
+    return padded.view(*documents.valid.shape, *tokens.shape[1:]).transpose(1, 2)
+
+
+def _has_varlen(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FIRST_WITH_FLASH
+
+
+def rows_are_packed(recipe: TrainRecipe, model: Any, device: torch.device) -> bool:
+    """Whether the recipe's training of this language model packs its rows.
+
+    On a CPU micro batches of neighbouring lengths are as fast (docs/log.md): `auto` packs where
+    flash attention reads the documents where they are.
+
+    Args:
+        model: of transformers.
+
+    Raises:
+        UserError: when the recipe asks for packing and it cannot be had.
+    """
+    if recipe.packing == "off":
+        return False
+    reason = ""
+    if model.config.model_type not in PACKED_FAMILIES:
+        reason = f"{type(model).__name__} is not of a family whose attention was checked " + (
+            f"({', '.join(PACKED_FAMILIES)})"
+        )
+    elif recipe.placement == "shared-base":
+        reason = "adapters on a shared base go through in rows of the same shape"
+    if reason and recipe.packing == "on":
+        raise UserError(f"packing = 'on': {reason}; give --set packing=off, or leave it out.")
+    flash = _has_varlen(device) and recipe.mixed_precision != "no" and recipe.dropout == 0
+    return not reason and (flash or recipe.packing == "on")
+
+
+def use_packed_attention(model: Any) -> None:
+    """Have a model of transformers take `documents`, a `RowDocuments`, in its forward pass."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, packed_attention)
+    model.set_attn_implementation(ATTENTION)

@@ -1,0 +1,162 @@
+"""Packed rows against each document alone: the same losses, gradients and trained weights."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from accel_gpt2.data.batching import collate, pack, split_micro_batches
+from accel_gpt2.errors import UserError
+from accel_gpt2.recipe import TrainRecipe
+from accel_gpt2.train.causal import LanguageModel, arrays, packed_arrays
+from accel_gpt2.train.packing import ATTENTION, PACKED_FAMILIES, rows_are_packed
+
+VOCAB_SIZE = 101
+CPU = torch.device("cpu")
+LENGTHS = (5, 17, 2, 9, 9)
+
+
+def _transformers_model(family: str, **options: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+    }
+    if family == "gpt2":
+        shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    if family == "llama":
+        shape["num_key_value_heads"] = 2
+    tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    config = AutoConfig.for_model(family, vocab_size=VOCAB_SIZE, **tokens, **shape, **options)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    # As trained ones do: random weights hardly look anywhere.
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def _language_model(family: str = "gpt2", **options: Any) -> LanguageModel:
+    model = LanguageModel(_transformers_model(family, **options), loss_chunk_tokens=7)
+    model.pack_rows(TrainRecipe(packing="on"), CPU)
+    return model
+
+
+def _documents(lengths: tuple[int, ...] = LENGTHS) -> list[np.ndarray[Any, Any]]:
+    random = np.random.default_rng(1)
+    return [random.integers(1, VOCAB_SIZE, size=length) for length in lengths]
+
+
+def _tensors(batch: tuple[np.ndarray[Any, Any], ...]) -> list[torch.Tensor]:
+    return [torch.from_numpy(array) for array in batch]
+
+
+def _gradients(model: LanguageModel) -> dict[str, torch.Tensor]:
+    found = {n: x.grad.clone() for n, x in model.named_parameters() if x.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("family", PACKED_FAMILIES)
+@pytest.mark.parametrize("row_tokens", [0, 64])
+def test_a_packed_row_is_its_documents_alone(family: str, row_tokens: int) -> None:
+    """Each document's loss by transformers itself, and the gradients, to 1e-5."""
+    model = _language_model(family).eval()
+    plain = _transformers_model(family).eval()
+    documents = _documents()
+    tensors = _tensors(packed_arrays(pack(documents, row_tokens)))
+    assert tensors[0].shape == (1, max(row_tokens, sum(LENGTHS) - len(LENGTHS)))
+    per_token = model.token_log_likelihoods(*tensors)
+    loss = model(*tensors)
+    loss.backward()
+    pieces = torch.split(per_token, [length - 1 for length in LENGTHS])
+    for piece, document in zip(pieces, documents, strict=True):
+        ids = torch.from_numpy(document)[None]
+        summed = plain(input_ids=ids, labels=ids).loss * (len(document) - 1)
+        summed.backward()
+        assert -piece.sum().item() == pytest.approx(summed.item(), rel=1e-5)
+    expected = {f"model.{n}": x.grad for n, x in plain.named_parameters() if x.grad is not None}
+    found = _gradients(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_padded_batches_go_on_as_before() -> None:
+    """A model that trains on packed rows scores padded ones: the same numbers as without."""
+    documents = _documents()
+    batch = _tensors(arrays(collate(documents)))
+    never = LanguageModel(_transformers_model("gpt2"), loss_chunk_tokens=7).eval()
+    torch.testing.assert_close(
+        _language_model().eval().document_log_likelihoods(*batch),
+        never.document_log_likelihoods(*batch),
+        rtol=0,
+        atol=0,
+    )
+
+
+def test_checkpointed_blocks_know_the_documents() -> None:
+    """Recomputed in the backward pass, with dropout, a row gives the same gradients."""
+    model = _language_model(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1).train()
+    tensors = _tensors(packed_arrays(pack(_documents())))
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        torch.manual_seed(3)
+        model(*tensors).backward()
+        found.append(_gradients(model))
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_rank_without_documents_has_a_row() -> None:
+    """No document at all gives a loss of zero with gradients of zero, for the collectives."""
+    model = _language_model()
+    loss = model(*_tensors(packed_arrays(pack([]))))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(bool((x == 0).all()) for x in _gradients(model).values())
+
+
+def test_micro_batches_of_packed_rows_are_full() -> None:
+    """Documents are cut by their tokens alone, each exactly once and whole."""
+    lengths = np.random.default_rng(0).integers(3, 200, size=300)
+    everything = np.arange(300)
+    cut = split_micro_batches(
+        lengths, everything, world_size=2, micro_batch_tokens=1000, packed=True
+    )
+    pieces = [piece for step in cut for piece in step]
+    assert sorted(np.concatenate(pieces)) == list(range(300))
+    tokens = [int((lengths[piece] - 1).sum()) for piece in pieces]
+    assert max(tokens) <= 1000
+    assert np.mean(tokens) > 900
+
+
+def test_who_packs() -> None:
+    """`auto` leaves a CPU alone; what is asked for and cannot be had is refused with the reason."""
+    recipe = TrainRecipe(packing="auto", mixed_precision="bf16", dropout=0.0)
+    model = _transformers_model("gpt2")
+    assert not rows_are_packed(recipe, model, CPU)
+    asked = dataclasses.replace(recipe, packing="on")
+    assert rows_are_packed(asked, model, CPU)
+    with pytest.raises(
+        UserError, match=r"packing = 'on': adapters on a shared base .* packing=off"
+    ):
+        rows_are_packed(dataclasses.replace(asked, placement="shared-base"), model, CPU)
+    with pytest.raises(UserError, match=r"OPTForCausalLM is not of a family .*packing=off"):
+        rows_are_packed(asked, _transformers_model("opt", ffn_dim=64), CPU)
+
+
+def test_an_exported_model_is_transformers_own(tmp_path: Any) -> None:
+    """What is saved does not ask for our attention function."""
+    _language_model().save_pretrained(tmp_path)
+    assert ATTENTION not in (tmp_path / "config.json").read_text(encoding="utf-8")
