@@ -8,17 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from accel_gpt2.catalog.engines import CLOUDS, CloudSpec
+from accel_gpt2.catalog.engines import (
+    CLOUDS,
+    SPOT_CONTROLLER_IDLE_SECONDS,
+    SPOT_CONTROLLER_USD_PER_HOUR,
+    CloudSpec,
+)
 from accel_gpt2.catalog.prices import GpuPrice, gpu_variants
 from accel_gpt2.cloud.keep import copy_run
 from accel_gpt2.cloud.ledger import Launch, launch_directory
 from accel_gpt2.cloud.prices import current_prices
 from accel_gpt2.errors import UsageError, nearest
 from accel_gpt2.plan.cost import SETUP_SECONDS, CostQuote, Rental, quote
-from accel_gpt2.render.cloud import CloudJob, is_offered
+from accel_gpt2.render.cloud import is_offered
+from accel_gpt2.render.cloud_job import CloudJob
 
 # gone: nothing of it is there any more, however it ended.
 Standing = Literal["starting", "running", "succeeded", "failed", "cancelled", "gone"]
+
+# results: everything but checkpoints.
+What = Literal["results", "all"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +65,17 @@ class Engine(Protocol):
     def render(self, job: CloudJob) -> dict[str, str]:
         """The files of a launch by their names, and `command.txt` with what is typed."""
 
-    def submit(self, job: CloudJob, launch: Launch) -> int:
+    def check(self) -> None:
+        """See that what starts machines is here, before a launch is on record.
+
+        Raises:
+            UserError: with what to type.
+        """
+
+    def submit(self, job: CloudJob, launch: Launch) -> int | None:
         """Start it, stay until it has ended, fetch the results and have the machine taken down.
 
-        Returns the exit code of `accel-gpt2 train` there.
+        Returns the exit code of `accel-gpt2 train` there, None where it did not come to train.
 
         Raises:
             UserError: when it did not start, or how it ended is not known.
@@ -74,6 +90,15 @@ class Engine(Protocol):
 
     def logs(self, launch: Launch, *, follow: bool) -> None:
         """Print what the training says."""
+
+    def copy(self, launch: Launch, what: What) -> None:
+        """Copy what there is of the run into the launch's run directory, as much as is missing.
+
+        From where it outlives the machine, or else from the machine. `cloud.fetch` does it safely.
+
+        Raises:
+            UserError: when it cannot be had, with what to type.
+        """
 
     def cancel(self, launch: Launch) -> None:
         """End it and its bill, whatever of it is there; nothing may be.
@@ -164,7 +189,20 @@ def quote_offer(offer: GpuPrice, wish: Wish) -> CostQuote:
     pricing: Literal["on-demand", "spot"] = "spot" if wish.spot else "on-demand"
     made = quote(offer, wish.rental, today=datetime.datetime.now().date(), pricing=pricing)
     assert made is not None, "is_offered has looked"
-    return made
+    return _with_controller(made) if wish.spot else made
+
+
+def _with_controller(quote: CostQuote) -> CostQuote:
+    """With the machine that watches the one that may be taken away, and idles after it."""
+    seconds = quote.billed_seconds + SPOT_CONTROLLER_IDLE_SECONDS
+    more = SPOT_CONTROLLER_USD_PER_HOUR * seconds / 3600
+    return dataclasses.replace(
+        quote,
+        usd_per_hour=quote.usd_per_hour + SPOT_CONTROLLER_USD_PER_HOUR,
+        usd_compute=quote.usd_compute + more,
+        usd_total=quote.usd_total + more,
+        spot_usd_total=quote.usd_total + more,
+    )
 
 
 # What an installation from sources needs; tests, docs and runs stay here.

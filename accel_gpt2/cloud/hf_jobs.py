@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accel_gpt2.cloud.engine import Standing, Wish, listed_offer, quote_offer
+from accel_gpt2.cloud.engine import Standing, What, Wish, listed_offer, quote_offer
+from accel_gpt2.cloud.fetch import fetch_run
 from accel_gpt2.cloud.ledger import Launch, exit_code_of
 from accel_gpt2.cloud.programs import Runner, run_program
 from accel_gpt2.errors import ExitCode, UserError
 from accel_gpt2.plan.cost import CostQuote
-from accel_gpt2.render.cloud import CloudJob, hf_jobs_argv
+from accel_gpt2.render.cloud import hf_jobs_argv
+from accel_gpt2.render.cloud_job import CloudJob
 
 _SUBMIT_SECONDS = 900.0  # the sources are uploaded first
 _FETCH_SECONDS = 1800.0
@@ -42,7 +44,10 @@ class HfJobsEngine:
     def render(self, job: CloudJob) -> dict[str, str]:
         return {"command.txt": shlex.join(hf_jobs_argv(job)) + "\n"}
 
-    def submit(self, job: CloudJob, launch: Launch) -> int:
+    def check(self) -> None:
+        """The `hf` of huggingface_hub is in this very environment."""
+
+    def submit(self, job: CloudJob, launch: Launch) -> int | None:
         answer = self.run(_with_own_hf(hf_jobs_argv(job)), _SUBMIT_SECONDS, False)
         if answer.exit_code != 0:
             raise UserError(
@@ -56,10 +61,8 @@ class HfJobsEngine:
                 f"The log of {job.name} ended and the job goes on; `accel-gpt2 cloud logs "
                 f"{job.name}` follows it, `accel-gpt2 cloud cancel {job.name}` ends it."
             )
-        self._fetch(job, launch)
-        if standing == "succeeded":
-            return int(ExitCode.DONE)
-        return exit_code_of(Path(launch.run_directory)) or int(ExitCode.FAILED)
+        fetch_run(self, launch)
+        return int(ExitCode.DONE) if standing == "succeeded" else exit_code_of(launch)
 
     def status(self, launch: Launch) -> Standing:
         jobs = self._jobs(launch)
@@ -90,14 +93,15 @@ class HfJobsEngine:
             jobs = api.list_jobs(labels={"name": launch.name}, namespace=user, timeout=60)
             return list(jobs)
 
-    def _fetch(self, job: CloudJob, launch: Launch) -> None:
-        source = f"hf://buckets/{job.bucket}/{job.run_name}"
-        argv = ("hf", "buckets", "sync", source, launch.run_directory)
+    def copy(self, launch: Launch, what: What) -> None:
+        source = f"hf://buckets/{launch.bucket}/{Path(launch.run_directory).name}"
+        without = ("--exclude=*/checkpoint-*",) if what == "results" else ()
+        argv = ("hf", "buckets", "sync", source, launch.run_directory, *without)
         answer = self.run(_with_own_hf(argv), _FETCH_SECONDS, False)
         if answer.exit_code != 0:
             raise UserError(
-                f"The results are in {source}: `{shlex.join(argv)}` failed ({answer.exit_code}); "
-                "type it again."
+                f"The results are in {source}: `{shlex.join(argv)}` failed ({answer.exit_code}). "
+                f"Type `accel-gpt2 cloud fetch {launch.name}`."
             )
 
 

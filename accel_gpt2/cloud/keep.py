@@ -12,36 +12,61 @@ import shutil
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from accel_gpt2.classify.lock import LOCK_FILE, OWNER_FILE
+from accel_gpt2.classify.spending import SPENT, merged_ledgers, read_ledger, write_ledger
 from accel_gpt2.durable import STAGING_PREFIX
+from accel_gpt2.errors import UserError
 from accel_gpt2.train.manifest import MANIFEST
 
 # Who is at work in the directory is true on one machine only.
 _LEFT_OUT = frozenset({LOCK_FILE, OWNER_FILE})
 
 
-def copy_run(source: Path, target: Path) -> int:
+def in_checkpoint(path: Path) -> bool:
+    """Whether a path within a run is a checkpoint or in one.
+
+    >>> in_checkpoint(Path("class-0-neg/checkpoint-50/model.safetensors"))
+    True
+    >>> in_checkpoint(Path("class-0-neg/final/model.safetensors"))
+    False
+    """
+    return any(part.startswith("checkpoint-") for part in path.parts)
+
+
+def copy_run(source: Path, target: Path, *, leave_out: Callable[[Path], bool] | None = None) -> int:
     """Make `target` hold the files of `source`; the number of files that were copied.
 
     A file that is there with the same size and no older is left alone. Links are left out: `best`
-    is made again where the training goes on. A source that does not exist is an empty run.
+    is made again where the training goes on. Ledgers are put together. A source that does not exist
+    is an empty run.
+
+    Args:
+        leave_out: says of a path within the run whether it stays where it is; nothing is deleted
+            then.
 
     Raises:
         OSError: when a file cannot be read or written; one that vanishes is passed over.
+        UserError: when a ledger is damaged.
     """
     files = {path.relative_to(source): path for path in source.rglob("*") if _is_kept(path, source)}
+    if leave_out is not None:
+        files = {name: path for name, path in files.items() if not leave_out(name)}
     copied = 0
     for name in sorted(files, key=lambda name: (name.name == MANIFEST, name)):
-        copied += _copy(files[name], target / name)
-    if files:
+        if name == Path(SPENT):
+            copied += _copy_ledger(source, target)
+        else:
+            copied += _copy(files[name], target / name)
+    if files and leave_out is None:
         for path in sorted(target.rglob("*"), reverse=True):
             name = path.relative_to(target)
             if path.is_dir():
                 with contextlib.suppress(OSError):  # not empty
                     path.rmdir()
-            elif name not in files and name.name not in _LEFT_OUT:
+            elif name not in files and name.name not in _LEFT_OUT | {SPENT}:
                 path.unlink(missing_ok=True)
     return copied
 
@@ -51,6 +76,18 @@ def _is_kept(path: Path, source: Path) -> bool:
     staged = any(part.startswith(STAGING_PREFIX) for part in name.parts)
     linked = any((source / parent).is_symlink() for parent in (name, *name.parents[:-1]))
     return not staged and not linked and name.name not in _LEFT_OUT and path.is_file()
+
+
+def _copy_ledger(source: Path, target: Path) -> bool:
+    """No machine is forgotten, whichever of the two runs it was noted in."""
+    theirs, ours = read_ledger(source), read_ledger(target)
+    both = merged_ledgers(ours, theirs)
+    if set(both) == set(ours):
+        return False
+    if set(both) == set(theirs):
+        return _copy(source / SPENT, target / SPENT)
+    write_ledger(target, both)
+    return True
 
 
 def _copy(source: Path, target: Path) -> bool:
@@ -83,7 +120,7 @@ def main() -> int:
     while not ended.is_set():
         try:
             copy_run(arguments.source, arguments.target)
-        except OSError as error:
+        except (OSError, UserError) as error:
             sys.stderr.write(f"{arguments.source} is not copied: {error}\n")
             if arguments.every is None:
                 return 1

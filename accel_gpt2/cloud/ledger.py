@@ -14,8 +14,11 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Gt
 from pydantic import TypeAdapter
 
+from accel_gpt2.catalog.engines import EngineName
+from accel_gpt2.classify.spending import note_launch, read_ledger
 from accel_gpt2.durable import make_directory, write_failure, write_json
 from accel_gpt2.errors import UsageError, UserError, nearest
+from accel_gpt2.render.cloud_job import ENDING
 from accel_gpt2.train.manifest import read_json
 
 # Of every name: what on a provider's list of machines is ours.
@@ -35,7 +38,7 @@ class Launch:
     __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True, "extra": "forbid"}
 
     name: str
-    engine: str
+    engine: EngineName
     provider: str
     gpu: str
     num_gpus: int
@@ -55,12 +58,30 @@ class Launch:
         over = datetime.datetime.now(datetime.UTC) > datetime.datetime.fromisoformat(self.deadline)
         return self.state != "ended" and over
 
+    def is_over(self, standing: str) -> bool:
+        """Whether nothing of it is billed any more: SkyPilot's own machines stay after their job
+        until they are taken down."""
+        if self.engine == "skypilot" and not self.spot:
+            return standing == "gone"
+        return standing not in {"starting", "running", "unknown"}
+
     def in_state(self, state: LaunchState, exit_code: int | None = None) -> "Launch":
         """The same launch, later."""
         return dataclasses.replace(self, state=state, exit_code=exit_code)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ending:
+    """What a machine's run script leaves in the run directory, ENDING, when it ends."""
+
+    __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True, "extra": "forbid"}
+
+    launch: str
+    exit_code: int
+
+
 _READER = TypeAdapter(Launch)
+_ENDING_READER = TypeAdapter(_Ending)
 
 
 def launches_directory(environment: Mapping[str, str] = os.environ) -> Path:
@@ -102,6 +123,18 @@ def read_launch(name: str) -> Launch:
     return _read(launch_directory(name) / _RECORD)
 
 
+def find_launch(run: str) -> Launch:
+    """The launch of this name, or else the newest one of this run directory.
+
+    Raises:
+        UsageError: when there is neither.
+        UserError: when a record is damaged.
+    """
+    directory = os.path.abspath(run)
+    of_run = [launch for launch in read_launches() if launch.run_directory == directory]
+    return of_run[-1] if of_run else read_launch(run)
+
+
 def read_launches() -> list[Launch]:
     """All launches, oldest first.
 
@@ -122,9 +155,30 @@ def _read(path: Path) -> Launch:
         ) from None
 
 
-def exit_code_of(run_directory: Path) -> int | None:
-    """How the trainer said that it ended, as far as its results were fetched."""
-    from accel_gpt2.classify.status import read_ending
+def exit_code_of(launch: Launch) -> int | None:
+    """How a training ended on its machine, by what was fetched; None where it did not come to it.
 
-    ending = read_ending(run_directory)
-    return None if ending is None else ending[0]
+    Raises:
+        UserError: when what says it is damaged.
+    """
+    path = Path(launch.run_directory) / ENDING
+    if not path.exists():
+        return None
+    ending = read_json(_ENDING_READER, path)
+    return ending.exit_code if ending.launch == launch.name else None
+
+
+def note_spent(launch: Launch) -> None:
+    """Count the time since a launch as spent, where no machine of it has said what it cost.
+
+    Setting it up may have failed, or nothing came back from it; it was paid for all the same. After
+    its deadline no machine is left.
+    """
+    run = Path(launch.run_directory)
+    rows = read_ledger(run)
+    if any(row.launch == launch.name and row.billed_since is not None for row in rows):
+        return
+    began, deadline = map(datetime.datetime.fromisoformat, (launch.began, launch.deadline))
+    until = min(datetime.datetime.now(datetime.UTC), deadline)
+    seconds = max(0.0, (until - began).total_seconds())
+    note_launch(run, launch.name, seconds=seconds, usd_per_hour=launch.usd_per_hour)

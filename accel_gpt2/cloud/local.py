@@ -10,12 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from accel_gpt2.cloud.engine import Standing, Wish, upload_directory
-from accel_gpt2.cloud.keep import copy_run
-from accel_gpt2.cloud.ledger import Launch, launch_directory
+from accel_gpt2.cloud.engine import Standing, What, Wish, upload_directory
+from accel_gpt2.cloud.fetch import fetch_run
+from accel_gpt2.cloud.keep import copy_run, in_checkpoint
+from accel_gpt2.cloud.ledger import Launch, exit_code_of, launch_directory
 from accel_gpt2.errors import UsageError, UserError
 from accel_gpt2.plan.cost import CostQuote
-from accel_gpt2.render.cloud import CloudJob, run_script, setup_script
+from accel_gpt2.render.cloud_job import CloudJob, run_script, setup_script
 
 SETUP, RUN = "setup.sh", "run.sh"
 _PID = "pid"  # of the session in which the scripts run
@@ -61,17 +62,17 @@ class LocalEngine:
         lines = f"{command} ../{SETUP}\n{command} ../{RUN}\n"
         return {SETUP: setup_script(job), RUN: run_script(job), "command.txt": lines}
 
-    def submit(self, job: CloudJob, launch: Launch) -> int:
+    def check(self) -> None:
+        """Bash is here: this program runs."""
+
+    def submit(self, job: CloudJob, launch: Launch) -> int | None:
         machine = _machine(job.name)
         shutil.copytree(upload_directory(job.name), machine)
-        try:
-            code = _run_script(machine, SETUP)
-            if code == 0:
-                code = _run_script(machine, RUN)
-        finally:
-            copy_run(machine / "runs" / job.run_name, Path(launch.run_directory))
-            shutil.rmtree(machine)
-        return code
+        if _run_script(machine, SETUP) == 0:
+            _run_script(machine, RUN)
+        fetch_run(self, launch)
+        shutil.rmtree(machine)
+        return exit_code_of(launch)
 
     def status(self, launch: Launch) -> Standing:
         return "gone" if _session(launch) is None else "running"
@@ -82,11 +83,27 @@ class LocalEngine:
             f"{_machine(launch.name) / 'runs'}."
         )
 
+    def copy(self, launch: Launch, what: What) -> None:
+        run = Path(launch.run_directory)
+        source = _machine(launch.name) / "runs" / run.name
+        if not source.is_dir() and launch.bucket is not None:
+            source = Path(launch.bucket) / run.name
+        if not source.is_dir():
+            raise UserError(
+                f"Nothing of {launch.name} is left but what {run} has: it had no --bucket."
+                if launch.bucket is None
+                else f"Nothing of {launch.name} is in {launch.bucket}."
+            )
+        only_results = what == "results"
+        copy_run(source, run, leave_out=lambda path: only_results and in_checkpoint(path))
+
     def cancel(self, launch: Launch) -> None:
         session = _session(launch)
         if session is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(session, signal.SIGTERM)  # the run script has the training save
+        elif launch.state != "ended":
+            shutil.rmtree(_machine(launch.name), ignore_errors=True)
 
 
 def _machine(name: str) -> Path:

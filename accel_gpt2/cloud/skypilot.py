@@ -5,6 +5,7 @@ It cannot share ours, because it pins an older click than huggingface_hub needs.
 
 import dataclasses
 import datetime
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -12,13 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accel_gpt2.classify.lock import LOCK_FILE, OWNER_FILE
-from accel_gpt2.cloud.engine import Standing, Wish, listed_offer, quote_offer
+from accel_gpt2.cloud.engine import Standing, What, Wish, listed_offer, quote_offer
+from accel_gpt2.cloud.fetch import fetch_run
 from accel_gpt2.cloud.lambda_api import LAMBDA_URL, find_key, instance_types
 from accel_gpt2.cloud.ledger import Launch, exit_code_of, launch_directory
 from accel_gpt2.cloud.programs import Answer, Runner, run_program
+from accel_gpt2.durable import STAGING_PREFIX
 from accel_gpt2.errors import ExitCode, UserError
 from accel_gpt2.plan.cost import CostQuote
-from accel_gpt2.render.cloud import CloudJob, sky_yaml
+from accel_gpt2.render.cloud import sky_yaml
+from accel_gpt2.render.cloud_job import CloudJob
 
 SKY_VERSION = "0.14.1"
 INSTALL = f"uv tool install 'skypilot[lambda,aws,gcp,azure,runpod]=={SKY_VERSION}'"
@@ -36,6 +40,8 @@ _JOB_STANDINGS: dict[int, Standing] = {
 }
 
 _BILLED: tuple[Standing, ...] = ("starting", "running")
+
+_AZURE_ACCOUNT = "AZURE_STORAGE_ACCOUNT"
 
 _ASK_SECONDS = 120.0  # the first `sky` of a day starts its server and fetches its catalogs
 _DOWN_SECONDS = 600.0
@@ -66,8 +72,21 @@ class SkyPilotEngine:
     def render(self, job: CloudJob) -> dict[str, str]:
         return {TASK: sky_yaml(job), "command.txt": shlex.join(_launch_argv(job)) + "\n"}
 
-    def submit(self, job: CloudJob, launch: Launch) -> int:
-        self.check_installed()
+    def check(self) -> None:
+        """The program is there, in the version whose behaviour is relied upon."""
+        install = f"Install it beside this environment: {INSTALL}"
+        try:
+            answer = self._ask("--version")
+        except UserError as error:
+            raise UserError(f"{error} {install}") from None
+        found = re.search(r"version (\d+\.\d+)\S*", answer.stdout)
+        if found is None or found[1] != SKY_VERSION.rpartition(".")[0]:
+            said = answer.stdout.strip() or f"nothing (exit code {answer.exit_code})"
+            raise UserError(
+                f"`sky --version` says {said!r}, and {SKY_VERSION} is needed. {install}"
+            )
+
+    def submit(self, job: CloudJob, launch: Launch) -> int | None:
         deadline = datetime.datetime.fromisoformat(launch.deadline)
         left = (deadline - datetime.datetime.now(datetime.UTC)).total_seconds()
         try:
@@ -84,13 +103,10 @@ class SkyPilotEngine:
             )
         if standing in {"gone", "cancelled"}:
             raise self._given_up(launch, f"The job was {standing} before its end.")
-        if launch.spot:  # its machine is gone, and the results are in the bucket
-            return int(ExitCode.DONE if standing == "succeeded" else ExitCode.FAILED)
-        self._fetch(launch)
-        self.cancel(launch)
-        if standing == "succeeded":
-            return int(ExitCode.DONE)
-        return exit_code_of(Path(launch.run_directory)) or int(ExitCode.FAILED)
+        fetch_run(self, launch)
+        if not launch.spot:  # else its machine is gone
+            self.cancel(launch)
+        return int(ExitCode.DONE) if standing == "succeeded" else exit_code_of(launch)
 
     def status(self, launch: Launch) -> Standing:
         argv = ("jobs", "queue") if launch.spot else ("logs", "--status", launch.name)
@@ -128,44 +144,27 @@ class SkyPilotEngine:
                 "running and billed: try again, or end it on the provider's page."
             )
 
-    def check_installed(self) -> None:
-        """Check that the program is there, in the version whose behaviour is relied upon.
-
-        Raises:
-            UserError: with the line that installs it.
-        """
-        install = f"Install it beside this environment: {INSTALL}"
-        try:
-            answer = self._ask("--version")
-        except UserError as error:
-            raise UserError(f"{error} {install}") from None
-        found = re.search(r"version (\d+\.\d+)\S*", answer.stdout)
-        if found is None or found[1] != SKY_VERSION.rpartition(".")[0]:
-            said = answer.stdout.strip() or f"nothing (exit code {answer.exit_code})"
-            raise UserError(
-                f"`sky --version` says {said!r}, and {SKY_VERSION} is needed. {install}"
-            )
-
     def _ask(self, *words: str) -> Answer:
         return self.run(("sky", *words), _ASK_SECONDS, True)
 
-    def _fetch(self, launch: Launch) -> None:
-        """Copy the results here, from the machine that SkyPilot's SSH configuration names."""
-        directory = Path(launch.run_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        argv = (
-            "rsync",
-            "--archive",
-            *(f"--exclude={name}" for name in (LOCK_FILE, OWNER_FILE)),
-            f"{launch.name}:sky_workdir/runs/{directory.name}/",
-            f"{directory}/",
-        )
+    def copy(self, launch: Launch, what: What) -> None:
+        """By SSH, whose configuration SkyPilot keeps; from the bucket when the machine is gone."""
+        on_machine = launch.bucket is None
+        if launch.bucket is not None and not launch.spot:
+            on_machine = self.status(launch) != "gone"
+        Path(launch.run_directory).mkdir(parents=True, exist_ok=True)
+        argv = _rsync_argv(launch, what) if on_machine else _bucket_argv(launch, what)
         answer = self.run(argv, _FETCH_SECONDS, False)
         if answer.exit_code != 0:
+            where = (
+                "on the machine, which is taken down when it was idle for some minutes"
+                if on_machine
+                else f"in {launch.bucket}"
+            )
             raise UserError(
-                f"The results are still on the machine, which is taken down when it was idle for "
-                f"some minutes: `{shlex.join(argv)}` failed ({answer.exit_code}). Type it again, "
-                f"then `accel-gpt2 cloud cancel {launch.name}`."
+                f"The results are still {where}: `{shlex.join(argv)}` failed ({answer.exit_code}). "
+                f"Type `accel-gpt2 cloud fetch {launch.name}`"
+                + (f", then `accel-gpt2 cloud cancel {launch.name}`." if on_machine else ".")
             )
 
     def _given_up(self, launch: Launch, why: str) -> UserError:
@@ -182,6 +181,44 @@ def _launch_argv(job: CloudJob) -> Sequence[str]:
     if job.spot:
         return ("sky", "jobs", "launch", "--yes", f"--name={job.name}", task)
     return ("sky", "launch", "--yes", f"--cluster={job.name}", task)
+
+
+def _rsync_argv(launch: Launch, what: What) -> tuple[str, ...]:
+    run = Path(launch.run_directory)
+    left_out = (LOCK_FILE, OWNER_FILE, *(["checkpoint-*"] if what == "results" else []))
+    return (
+        "rsync",
+        "--archive",
+        f"--partial-dir={STAGING_PREFIX}rsync",  # what broke off goes on in the middle of a file
+        *(f"--exclude={name}" for name in left_out),
+        f"{launch.name}:sky_workdir/runs/{run.name}/",
+        f"{run}/",
+    )
+
+
+def _bucket_argv(launch: Launch, what: What) -> tuple[str, ...]:
+    """The provider's own program, each of which copies what is missing.
+
+    Raises:
+        UserError: when Azure's account, which is in its addresses, is not known.
+    """
+    run, where = launch.run_directory, f"{launch.bucket}/{Path(launch.run_directory).name}"
+    only_results = what == "results"
+    if launch.provider == "aws":
+        without = ("--exclude=*/checkpoint-*",) if only_results else ()
+        return ("aws", "s3", "sync", f"s3://{where}", run, *without)
+    if launch.provider == "gcp":
+        without = ("--exclude=.*/checkpoint-.*",) if only_results else ()
+        return ("gcloud", "storage", "rsync", "--recursive", *without, f"gs://{where}", run)
+    account = os.environ.get(_AZURE_ACCOUNT)
+    if not account:
+        raise UserError(
+            f"Which storage account has {launch.bucket}? Set {_AZURE_ACCOUNT} (`az storage account "
+            f"list` names them), then type `accel-gpt2 cloud fetch {launch.name}`."
+        )
+    without = ("--exclude-regex=checkpoint-",) if only_results else ()
+    url = f"https://{account}.blob.core.windows.net/{where}/*"
+    return ("azcopy", "copy", url, run, "--recursive", "--overwrite=ifSourceNewer", *without)
 
 
 def _managed_standing(queue: str, name: str) -> Standing:

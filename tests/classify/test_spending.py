@@ -2,12 +2,15 @@
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from accel_gpt2.classify.spending import (
     BILLED_SINCE,
+    LAUNCH,
+    note_launch,
     read_ledger,
     read_spent_seconds,
     write_spent_seconds,
@@ -70,3 +73,33 @@ def test_a_wrong_clock_is_named(tmp_path: Path) -> None:
     """A budget that cannot be kept is no budget."""
     with pytest.raises(UsageError, match=r"BILLED_SINCE = 'noon' is no time in Unix seconds"):
         read_spent_seconds(tmp_path, CHEAP, {BILLED_SINCE: "noon"})
+
+
+def test_a_launch_counts_until_its_machine_has_a_row(tmp_path: Path) -> None:
+    """What somebody else noted of a machine gives way to what the machine itself says."""
+    note_launch(tmp_path, "accel-gpt2-a-1b", seconds=900, usd_per_hour=4.0)
+    assert read_spent_seconds(tmp_path, CHEAP, {}) == 3600
+    other = _billed_for(60)
+    assert read_spent_seconds(tmp_path, CHEAP, other) == pytest.approx(3660, abs=2)
+    machine = {**_billed_for(600), LAUNCH: "accel-gpt2-a-1b"}
+    assert read_spent_seconds(tmp_path, DEAR, machine) == pytest.approx(600, abs=2)
+    write_spent_seconds(tmp_path, 610, DEAR, machine)
+    note_launch(tmp_path, "accel-gpt2-a-1b", seconds=900, usd_per_hour=4.0)
+    (row,) = read_ledger(tmp_path)
+    assert (row.seconds, row.launch) == (610, "accel-gpt2-a-1b")
+
+
+def test_a_machine_keeps_what_others_cost(tmp_path: Path) -> None:
+    """Neither a start at home nor another launch is taken for this machine's."""
+    write_spent_seconds(tmp_path, 100, CHEAP, {})
+    note_launch(tmp_path, "accel-gpt2-a-1b", seconds=900, usd_per_hour=1.0)
+    for environment in (_billed_for(60), {**_billed_for(60), LAUNCH: "accel-gpt2-a-2c"}):
+        spent = read_spent_seconds(tmp_path, CHEAP, environment)
+        assert spent == pytest.approx(1060, abs=2)
+        write_spent_seconds(tmp_path, spent, CHEAP, environment)
+        assert [row.seconds for row in read_ledger(tmp_path)][:2] == [100, 900]
+        (tmp_path / "spent.json").write_text(
+            json.dumps({"machines": [asdict(row) for row in read_ledger(tmp_path)[:2]]})
+        )
+    write_spent_seconds(tmp_path, 1050, CHEAP, {})
+    assert sorted(row.seconds for row in read_ledger(tmp_path)) == [150, 900]

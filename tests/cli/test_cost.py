@@ -14,7 +14,8 @@ import jsonschema
 import pytest
 
 from accel_gpt2.catalog.models import MODELS
-from accel_gpt2.cloud import prices
+from accel_gpt2.cloud import price_sources
+from accel_gpt2.cloud.price_sources import ask_lambda
 from tests.cli.conftest import CommandLine
 from tests.cloud.price_servers import Answer, instance_type, lambda_answer, serving
 
@@ -273,8 +274,8 @@ def test_a_refreshed_price_is_used(
     monkeypatch.setenv("LAMBDA_API_KEY", KEY)
     listed = lambda_answer(instance_type("gpu_1x_a100_sxm4", "A100 (40 GB SXM4)", 189, 1))
     with serving(lambda path, number: listed) as server:
-        source = functools.partial(prices.ask_lambda, base_url=server.url)
-        monkeypatch.setattr(prices, "SOURCES", {"lambda": source})
+        source = functools.partial(ask_lambda, base_url=server.url)
+        monkeypatch.setattr(price_sources, "SOURCES", {"lambda": source})
         ended = accel_gpt2("cost", "refresh", "--json")
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout)["num_offers"] == {"lambda": 1}
@@ -291,8 +292,8 @@ def test_a_refresh_that_fails_says_so(
     """A refused key: a sentence without it, exit code 1, nothing written, the old price stays."""
     monkeypatch.setenv("LAMBDA_API_KEY", KEY)
     with serving(lambda path, number: Answer(status=401, body=b"{}")) as server:
-        source = functools.partial(prices.ask_lambda, base_url=server.url)
-        monkeypatch.setattr(prices, "SOURCES", {"lambda": source})
+        source = functools.partial(ask_lambda, base_url=server.url)
+        monkeypatch.setattr(price_sources, "SOURCES", {"lambda": source})
         ended = accel_gpt2("cost", "refresh")
     assert ended.returncode == 1
     assert "refuses the API key of LAMBDA_API_KEY" in ended.stderr

@@ -46,7 +46,7 @@ sys.exit(0)
 
 
 class Programs:
-    """Stand-ins for `sky`, `rsync` and `hf` on PATH: what they were asked, and what they answer.
+    """Stand-ins for the programs that are called, on PATH: what they were asked, and answer.
 
     `answers` maps the first words of a command line to its exit code (`code`), what it prints
     (`says`), how long it takes (`seconds`), and Python that it runs (`does`).
@@ -71,10 +71,10 @@ class Programs:
 
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
-    """`sky`, `rsync` and `hf` that only write down what they are asked."""
+    """`sky`, `hf` and what copies, which only write down what they are asked."""
     folder = tmp_path / "programs"
     folder.mkdir()
-    for name in ("sky", "rsync", "hf"):
+    for name in ("sky", "rsync", "hf", "aws", "gcloud", "azcopy"):
         path = folder / name
         path.write_text(_STUB.format(python=sys.executable, folder=str(folder)))
         path.chmod(path.stat().st_mode | stat.S_IXUSR)

@@ -25,12 +25,15 @@ def _only_launch() -> Launch:
     return launch
 
 
-def _ended(status: int, message: str = "It ended.") -> dict[str, object]:
-    """What rsync fetches: a run whose trainer ended so."""
-    status_file = json.dumps({"exit_code": status, "message": message})
+def _ended(exit_code: int) -> dict[str, object]:
+    """What rsync fetches: a run whose scripts ended so, and its machine's row."""
     return {
-        "does": "folder = Path(sys.argv[-1]); folder.mkdir(parents=True, exist_ok=True); "
-        f"(folder / 'status.json').write_text({status_file!r})"
+        "does": f"""
+name = sys.argv[-2].split(":")[0]
+Path(sys.argv[-1], "cloud.json").write_text(json.dumps(dict(launch=name, exit_code={exit_code})))
+row = dict(launch=name, billed_since="2026", seconds=1800, price_usd_per_hour=1.79)
+Path(sys.argv[-1], "spent.json").write_text(json.dumps(dict(machines=[row])))
+"""
     }
 
 
@@ -124,6 +127,7 @@ def test_a_launch_is_run_fetched_and_taken_down(
         [
             "rsync",
             "--archive",
+            "--partial-dir=.staging-rsync",
             "--exclude=run.lock",
             "--exclude=owner.json",
             f"{name}:sky_workdir/runs/imdb-gpt2/",
@@ -221,8 +225,8 @@ def test_a_launch_that_hangs_is_given_up(
     with pytest.raises(UserError, match=r"did not end within \d s and was killed\. What was start"):
         skypilot.SkyPilotEngine().submit(JOB, launch)
     assert time.time() - now.timestamp() < 100
-    assert programs.calls[1][:2] == ["sky", "launch"]
-    assert programs.calls[2:] == [["sky", "down", "--yes", JOB.name]]
+    assert programs.calls[0][:2] == ["sky", "launch"]
+    assert programs.calls[1:] == [["sky", "down", "--yes", JOB.name]]
 
 
 def test_results_that_cannot_be_fetched_keep_the_machine(
@@ -249,15 +253,16 @@ def test_another_sky_is_refused(accel_gpt2: CommandLine, programs: Programs, ver
 
 
 def test_spot_is_a_managed_job(accel_gpt2: CommandLine, programs: Programs) -> None:
-    """Which SkyPilot brings back after a preemption; its results are in the bucket."""
+    """Which SkyPilot brings back after a preemption; its results come from the bucket."""
     arguments = ("--provider=gcp", "--gpu=a100-40", "--spot", "--bucket=my-runs", "--yes")
     code, _, err = accel_gpt2(*LAUNCH, *arguments)
     assert code == 0, err
     launch = _only_launch()
     call = programs.calls[1]
     assert call[:5] == ["sky", "jobs", "launch", "--yes", f"--name={launch.name}"]
-    assert "results in my-runs" in err
-    assert len(programs.calls) == 2
+    run = str(Path(launch.run_directory))
+    source = "gs://my-runs/imdb-gpt2"
+    assert programs.calls[2:] == [["gcloud", "storage", "rsync", "--recursive", source, run]]
 
 
 @pytest.fixture

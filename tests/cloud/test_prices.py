@@ -14,19 +14,16 @@ import pytest
 
 from accel_gpt2.catalog.prices import GpuPrice, shipped_prices, write_prices
 from accel_gpt2.cloud.lambda_api import find_key, instance_types
-from accel_gpt2.cloud.prices import (
+from accel_gpt2.cloud.price_sources import (
     SOURCES,
     Source,
     SourceNotSetUp,
     ask_gpuhunt,
     ask_hf_jobs,
     ask_lambda,
-    current_prices,
     find_rented_gpu,
-    merged,
-    prices_path,
-    refresh,
 )
+from accel_gpt2.cloud.prices import current_prices, merged, prices_path, refresh_prices
 from accel_gpt2.errors import UserError
 from tests.cloud.price_servers import (
     Answer,
@@ -367,7 +364,9 @@ def price_now() -> float | None:
 def test_a_refresh_is_kept_and_read() -> None:
     """The newer price is there afterwards, with all others as they were."""
     assert price_now() == 1.99
-    done = refresh({"lambda": giving(made(usd_per_gpu_hour=1.89)), "b": not_set_up}, today=TODAY)
+    done = refresh_prices(
+        {"lambda": giving(made(usd_per_gpu_hour=1.89)), "b": not_set_up}, today=TODAY
+    )
     assert price_now() == 1.89
     assert dict(done.num_offers) == {"lambda": 1}
     assert done.not_set_up == ("other needs a key.",)
@@ -377,17 +376,17 @@ def test_a_refresh_is_kept_and_read() -> None:
 
 def test_all_of_it_or_nothing() -> None:
     """One failing source: the copy stays byte for byte as it was."""
-    refresh({"lambda": giving(made(usd_per_gpu_hour=1.89))}, today=TODAY)
+    refresh_prices({"lambda": giving(made(usd_per_gpu_hour=1.89))}, today=TODAY)
     before = prices_path().read_bytes()
     with pytest.raises(UserError, match=r"other cannot be reached.*\nNo price was refreshed"):
-        refresh({"a": giving(made(usd_per_gpu_hour=1.79)), "b": failing}, today=TODAY)
+        refresh_prices({"a": giving(made(usd_per_gpu_hour=1.79)), "b": failing}, today=TODAY)
     assert prices_path().read_bytes() == before
     with pytest.raises(UserError, match=r"other needs a key.\nNo price was refreshed"):
-        refresh({"b": not_set_up}, today=TODAY)
+        refresh_prices({"b": not_set_up}, today=TODAY)
     with pytest.raises(UserError, match="and has no price of a GPU that the catalog knows"):
-        refresh({"a": giving()}, today=TODAY)
+        refresh_prices({"a": giving()}, today=TODAY)
     with pytest.raises(UserError, match=r"\$700 an hour is no price of a GPU"):
-        refresh({"a": giving(made(usd_per_gpu_hour=700.0))}, today=TODAY, accept_jumps=True)
+        refresh_prices({"a": giving(made(usd_per_gpu_hour=700.0))}, today=TODAY, accept_jumps=True)
     assert prices_path().read_bytes() == before
 
 
@@ -396,16 +395,16 @@ def test_a_jump_needs_a_yes(usd: float) -> None:
     """Over half more or less is refused with both prices, and taken when it is accepted."""
     sources = {"lambda": giving(made(usd_per_gpu_hour=usd))}
     with pytest.raises(UserError, match=r"lambda gpu_1x_a100_sxm4: .*and \$1.99 before") as caught:
-        refresh(sources, today=TODAY)
+        refresh_prices(sources, today=TODAY)
     assert "--accept" in str(caught.value)
     assert not prices_path().exists()
-    refresh(sources, today=TODAY, accept_jumps=True)
+    refresh_prices(sources, today=TODAY, accept_jumps=True)
     assert price_now() == usd
 
 
 def test_just_half_is_no_jump() -> None:
     """1.99 to 2.98 is 49.7% more, and goes through."""
-    refresh({"lambda": giving(made(usd_per_gpu_hour=2.98))}, today=TODAY)
+    refresh_prices({"lambda": giving(made(usd_per_gpu_hour=2.98))}, today=TODAY)
     assert price_now() == 2.98
 
 
@@ -414,7 +413,7 @@ def test_a_source_that_hangs_is_given_up() -> None:
     hung = functools.partial(time.sleep, 30)
     start = time.monotonic()
     with pytest.raises(UserError, match=r"lambda did not answer within 0.2 s"):
-        refresh({"lambda": lambda today: hung()}, today=TODAY, patience_seconds=0.2)  # type: ignore[dict-item]
+        refresh_prices({"lambda": lambda today: hung()}, today=TODAY, patience_seconds=0.2)  # type: ignore[dict-item]
     assert time.monotonic() - start < 5
     assert not prices_path().exists()
 
@@ -425,7 +424,7 @@ def test_a_damaged_copy_is_named_and_mended() -> None:
     prices_path().write_text("half a fi", encoding="utf-8")
     with pytest.raises(UserError, match=r"prices.csv is no price list"):
         current_prices()
-    refresh({"lambda": giving(made(usd_per_gpu_hour=1.89))}, today=TODAY)
+    refresh_prices({"lambda": giving(made(usd_per_gpu_hour=1.89))}, today=TODAY)
     assert price_now() == 1.89
 
 
@@ -446,7 +445,7 @@ def test_what_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("ACCEL_GPT2_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match=r"prices.csv could not be written|cannot be read"):
-        refresh({"lambda": giving(made(usd_per_gpu_hour=1.89))}, today=TODAY)
+        refresh_prices({"lambda": giving(made(usd_per_gpu_hour=1.89))}, today=TODAY)
 
 
 def test_sources_are_asked_in_an_order() -> None:

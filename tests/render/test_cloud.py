@@ -12,14 +12,8 @@ import yaml
 from accel_gpt2.catalog.engines import CLOUDS
 from accel_gpt2.catalog.gpus import GPUS
 from accel_gpt2.catalog.providers import PROVIDERS
-from accel_gpt2.render.cloud import (
-    CloudJob,
-    hf_jobs_argv,
-    run_script,
-    setup_script,
-    sky_files,
-    sky_yaml,
-)
+from accel_gpt2.render.cloud import hf_jobs_argv, sky_files, sky_yaml
+from accel_gpt2.render.cloud_job import CloudJob, run_script, setup_script
 
 JOB = CloudJob(
     name="accel-gpt2-imdb-1a2b",
