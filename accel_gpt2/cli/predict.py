@@ -1,6 +1,6 @@
 """`predict`: which class a text belongs to, and how sure the classifier is."""
 
-import os
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from accel_gpt2.cli.options import DebugOption, JsonOption, RunArgument
-from accel_gpt2.cli.output import print_json, print_table, say, warn
+from accel_gpt2.cli.output import print_json, print_line, print_table, say, warn
 from accel_gpt2.cli.run_directory import require_run
-from accel_gpt2.errors import UsageError
+from accel_gpt2.cli.texts import text_pieces
+from accel_gpt2.terminal import printable
 
 if TYPE_CHECKING:
     from accel_gpt2.classify.predict import Prediction
@@ -36,105 +37,69 @@ def predict(
 ) -> None:
     """Classify texts, with calibrated probabilities."""
     require_run(run_directory)
-    documents = read_texts(texts or [], file)
+    pieces = text_pieces(texts or [], file)
+    first = next(pieces)  # what is no text is said before anything heavy is loaded
     from accel_gpt2.classify.predict import load_classifier
 
-    predictions = load_classifier(run_directory).predict(documents)
+    classifier = load_classifier(run_directory)
+    answers: list[dict[str, object]] = []
+    num_texts = num_truncated = 0
+    for piece, is_last in itertools.chain([first], pieces):
+        predictions = classifier.predict(piece)
+        if json:
+            answers += map(_document, piece, predictions)
+        elif is_last and num_texts + len(piece) == 1:
+            show_prediction(predictions[0])
+        else:
+            show_answers(piece, predictions, heading=num_texts == 0)
+        num_texts += len(piece)
+        num_truncated += sum(prediction.truncated for prediction in predictions)
     if json:
-        print_json(
-            {
-                "predictions": [
-                    _document(text, prediction)
-                    for text, prediction in zip(documents, predictions, strict=True)
-                ]
-            }
-        )
-    else:
-        show_predictions(documents, predictions)
-    truncated = sum(prediction.truncated for prediction in predictions)
-    if truncated:
-        warn(f"{truncated} of {len(documents)} texts are longer than the model reads and were cut.")
+        print_json({"predictions": answers})
+    if num_truncated:
+        warn(f"{num_truncated} of {num_texts} texts are longer than the model reads and were cut.")
 
 
-def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
-    """The texts to classify: typed, or the non-empty lines of a file or of stdin.
-
-    Raises:
-        UsageError: when there is no text, or texts and a file are both given.
-    """
-    if texts and file is not None:
-        raise UsageError("Texts and --file are both given; give one of them.")
-    if file is not None:
-        if not os.path.isfile(file):  # a device has no end, and a pipe may wait for a writer
-            there = "is not a file" if os.path.exists(file) else "does not exist"
-            raise UsageError(f"{file} {there}; `... | accel-gpt2 predict RUN -` reads a pipe.")
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise UsageError(f"{file} cannot be read: {error.strerror}.") from None
-        except UnicodeDecodeError as error:
-            raise UsageError(
-                f"{file} is not UTF-8 text (byte {error.start}): convert it, for instance with "
-                "`iconv`."
-            ) from None
-        source = str(file)
-    elif texts and list(texts) != ["-"]:
-        lines, source = list(texts), "the command line"
-    else:
-        if sys.stdin.isatty() and not texts:
-            raise UsageError("Give a text, --file FILE, or - to read lines from stdin.")
-        try:
-            lines, source = sys.stdin.read().splitlines(), "stdin"
-        except UnicodeDecodeError as error:
-            raise UsageError(f"stdin is not UTF-8 text (byte {error.start}).") from None
-    for number, line in enumerate(lines, start=1):
-        try:
-            line.encode("utf-8")
-        except UnicodeEncodeError:
-            raise UsageError(f"Text {number} of {source} is not UTF-8 text.") from None
-    documents = [line for line in lines if line.strip()]
-    if not documents:
-        raise UsageError(f"There is no text in {source}: an empty text has no class.")
-    if len(documents) < len(lines):
-        say(f"{len(lines) - len(documents)} empty lines of {source} are left out.")
-    return documents
-
-
-def show_predictions(documents: Sequence[str], predictions: Sequence["Prediction"]) -> None:
-    """One text: every class with its probability; several: the answer for each."""
-    if len(documents) == 1:
-        (prediction,) = predictions
-        names = sorted(prediction.probabilities, key=lambda name: -prediction.probabilities[name])
-        print_table(
-            {
-                "class": "left",
-                "probability": "right",
-                "log p(text|class), nats": "right",
-                "answer": "left",
-            },
-            [
-                [
-                    name,
-                    f"{prediction.probabilities[name]:.3f}",
-                    _nats(prediction, name),
-                    "<- Bayes' rule" if name == prediction.label else "",
-                ]
-                for name in names
-            ],
-        )
-        if prediction.label != names[0]:
-            say(
-                f"A close call: Bayes' rule answers {prediction.label}; calibration, which also "
-                f"corrects for length and class, leans to {names[0]}."
-            )
-        return
+def show_prediction(prediction: "Prediction") -> None:
+    """Every class with its probability, the likeliest first."""
+    names = sorted(prediction.probabilities, key=lambda name: -prediction.probabilities[name])
     print_table(
-        {"class": "left", "probability": "right", "text": "left"},
+        {
+            "class": "left",
+            "probability": "right",
+            "log p(text|class), nats": "right",
+            "answer": "left",
+        },
         [
-            [prediction.label, f"{prediction.probabilities[prediction.label]:.3f}", _excerpt(text)]
-            for text, prediction in zip(documents, predictions, strict=True)
+            [
+                name,
+                f"{prediction.probabilities[name]:.3f}",
+                _nats(prediction, name),
+                "<- Bayes' rule" if name == prediction.label else "",
+            ]
+            for name in names
         ],
     )
+    if prediction.label != names[0]:
+        say(
+            f"A close call: Bayes' rule answers {prediction.label}; calibration, which also "
+            f"corrects for length and class, leans to {names[0]}."
+        )
+
+
+def show_answers(
+    texts: Sequence[str], predictions: Sequence["Prediction"], *, heading: bool
+) -> None:
+    """The answer for each text, at once: lines of later texts stand below, in the same columns."""
+    width = max(len(name) for name in (*predictions[0].probabilities, "class"))
+    if heading:
+        print_line(f"{'class':{width}}   probability   text")
+        print_line("\u2500" * (width + 3 + 11 + 3 + _LONGEST_EXCERPT))
+    for text, prediction in zip(texts, predictions, strict=True):
+        label = prediction.label
+        answer = f"{label:{width}}   {prediction.probabilities[label]:11.3f}   {_excerpt(text)}"
+        print_line(printable(answer))
+    sys.stdout.flush()
 
 
 def _nats(prediction: "Prediction", name: str) -> str:
