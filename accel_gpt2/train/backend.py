@@ -2,6 +2,7 @@
 the loop, and nothing else."""
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.objective import TrainedModel
 from accel_gpt2.train.optim import build_optimizer, load_optimizer_state
+from accel_gpt2.train.prefetch import Awaited
 from accel_gpt2.train.processes import current_strategy
 
 
@@ -56,6 +58,20 @@ class Backend(ABC):
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the loss's gradients to those of the step."""
+
+    def update(self, max_norm: float) -> Awaited:
+        """Clip the gradients, update the weights and forget the gradients, whose global norm is
+        returned: over all shards, the same on every rank.
+
+        Where it is not finite, weights and optimizer state stay as they are.
+        """
+        norm = self.clip_grad_norm(max_norm)
+        if math.isfinite(norm):
+            self.step()
+        else:
+            self.skip()
+        self.zero_grad()
+        return Awaited(norm)
 
     @abstractmethod
     def clip_grad_norm(self, max_norm: float) -> float:
@@ -113,6 +129,9 @@ class MicroBatch:
         return self.backend.run(self.tensors, scale=self.scale, last=self.last)
 
 
+_SKIPS_ON_DEVICE = "_step_supports_amp_scaling"
+
+
 class PlainBackend(Backend):
     """The whole model in every process: one alone, or several that average gradients (DDP)."""
 
@@ -127,6 +146,19 @@ class PlainBackend(Backend):
         if self.scaler is not None:
             fresh = torch.amp.GradScaler(accelerator.device.type)
             self.scaler.load_state_dict(fresh.state_dict())
+        # torch's fused optimizers read on the device whether to step, as its loss scaler has it.
+        stepper = self.optimizer.optimizer  # Accelerate wraps it
+        self._skipper = stepper if getattr(stepper, _SKIPS_ON_DEVICE, False) else None
+
+    def update(self, max_norm: float) -> Awaited:
+        if self._skipper is None:
+            return super().update(max_norm)
+        norm = self._accelerator.clip_grad_norm_(self.parameters, max_norm)
+        if self.scaler is None:
+            self._skipper.found_inf = norm.isfinite().logical_not().float()
+        self.optimizer.step()
+        self.zero_grad()
+        return Awaited(norm)
 
     def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         no_sync: contextlib.AbstractContextManager[Any] = self._accelerator.no_sync(self.model)

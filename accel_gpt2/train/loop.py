@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from accel_gpt2.catalog.gpus import GpuSpec
-from accel_gpt2.data.batching import Indices, split_micro_batches
+from accel_gpt2.data.batching import Indices
 from accel_gpt2.data.tokenized import TokenizedDocuments
 from accel_gpt2.errors import UserError
 from accel_gpt2.plan.flops import peak_flops_per_second
@@ -43,8 +44,9 @@ from accel_gpt2.train.nonfinite import (
     left_to_the_scaler,
     write_nonfinite_step,
 )
-from accel_gpt2.train.objective import TrainedModel, to_device
+from accel_gpt2.train.objective import TrainedModel
 from accel_gpt2.train.optim import learning_rate_at, optimizer_state_bytes
+from accel_gpt2.train.prefetch import Awaited, ahead, micro_batches_from
 from accel_gpt2.train.processes import gather_objects, on_first_process
 from accel_gpt2.train.progress import TrainProgress, describe_step
 from accel_gpt2.train.schedule import BatchSchedule
@@ -86,6 +88,22 @@ class ClassTraining:
     later_steps: Callable[[int], int]
     on_recipe: Callable[[TrainRecipe], None]
     on_saved: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _QueuedStep:
+    """A step that the device has been given, and whose outcome is not known yet."""
+
+    number: int
+    where: dict[str, object]
+    tokens: int
+    targets: int
+    micro_batches: Sequence[MicroBatchLoss]
+    grad_norm: Awaited
+
+
+# A step's outcome is read when the next one has been given to the device, which never waits so.
+_STEPS_QUEUED = 1
 
 
 def validation_scores_path(class_directory: Path, step: int) -> Path:
@@ -151,7 +169,6 @@ def train_steps(
     rank: int = accelerator.process_index
     lengths = job.documents.lengths
     schedule = job.schedule
-    num_targets = job.model.num_targets(lengths)
     flops = flops_per_token(job.model, lengths, recipe)
     peak_flops = peak_flops_per_second(gpu, recipe.mixed_precision)
     name = f"{job.identity.class_name} ({job.identity.class_index + 1}/{job.num_parts})"
@@ -160,6 +177,7 @@ def train_steps(
     if checkpoint is not None and job.checkpoint is not None:
         job.model.load_trainable_state(checkpoint.weights, job.checkpoint)
     plain_model = job.model
+    plain_model.pack_rows(recipe, device)
     backend = build_backend(accelerator, plain_model, recipe)
     # Dropout must differ between ranks; nothing else in the loop draws random numbers.
     torch.manual_seed(recipe.seed + 1_000_003 * (rank + 1))
@@ -209,15 +227,39 @@ def train_steps(
 
     running_loss = torch.zeros((), dtype=torch.float64, device=device)
     running_targets = 0
+    queued: deque[_QueuedStep] = deque()
+    grad_norm = math.nan
     step_seconds = save_seconds = 0.0  # the longest so far
     timer = StepTimer()
     started = clock()
     seconds_before = state.seconds
     line_started, line_tokens = started, 0
 
+    def settle(*, keep: int = 0) -> None:
+        """Wait for the queued steps, but for the last `keep`, and book what came of them."""
+        nonlocal grad_norm, running_targets
+        while len(queued) > keep:
+            done = queued.popleft()
+            grad_norm = done.grad_norm.read()
+            if done.number == 1 and grad_norm == 0.0:
+                raise UserError(
+                    f"{name}: every gradient of the first step is zero, so nothing would be "
+                    "learnt; check the fine-tuning options (lora_target_modules, "
+                    "gradient_checkpointing)."
+                )
+            if not math.isfinite(grad_norm):
+                note_skipped(done, grad_norm)
+                continue
+            for item in done.micro_batches:
+                running_loss.add_(item.loss)
+            running_targets += done.targets
+            state.tokens += done.tokens
+            state.bad_steps_in_a_row = 0
+
     def gather_loss() -> None:
         """Move the loss summed on the devices into the state; it waits for all work on a GPU."""
         nonlocal running_targets
+        settle()
         if world_size > 1:
             torch.distributed.all_reduce(running_loss)
         state.loss_sum += float(running_loss)
@@ -323,18 +365,17 @@ def train_steps(
         at_interval = state.batch == 0 if every is None else state.step % every == 0
         return state.step == schedule.total_steps or (state.step > 0 and at_interval)
 
-    def skip_step(micro_batches: Sequence[MicroBatchLoss], grad_norm: float) -> None:
-        """The gradients are not finite, on all ranks alike: see `nonfinite` for the rule."""
+    def note_skipped(step: _QueuedStep, grad_norm: float) -> None:
+        """The gradients were not finite, on all ranks alike: see `nonfinite` for the rule."""
         state.skipped_steps += 1
-        losses = describe_losses(micro_batches, accelerator)
-        backend.skip()
+        losses = describe_losses(step.micro_batches, accelerator)
         if left_to_the_scaler(losses, backend.scaler):
             check_loss_scale(
-                backend.scaler, name=name, step=state.step, skipped=state.skipped_steps
+                backend.scaler, name=name, step=step.number, skipped=state.skipped_steps
             )
             return
         state.bad_steps_in_a_row += 1
-        where = {**_where(job.identity, state, schedule), "event": "skip"}
+        where = {**step.where, "event": "skip"}
         rows = job.documents.rows
         on_first_process(
             accelerator,
@@ -343,16 +384,31 @@ def train_steps(
             ),
         )
         if state.bad_steps_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise diverged(name, job.directory, state.step)
+            raise diverged(name, job.directory, step.number)
         log(where)
         progress.say(
-            f"{name}: step {state.step} is skipped, its loss or gradients are not finite; its "
+            f"{name}: step {step.number} is skipped, its loss or gradients are not finite; its "
             f"documents are in {job.directory / NONFINITE_FILE}"
         )
 
+    micro_batches = ahead(
+        micro_batches_from(
+            state.epoch,
+            state.batch,
+            num_steps=schedule.total_steps - state.step,
+            schedule=schedule,
+            documents=job.documents,
+            model=plain_model,
+            recipe=recipe,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+        )
+    )
     progress.start(name, schedule.total_steps, state.step)
     while True:
         if evaluation_due():
+            settle()
             evaluate()
             line_started, line_tokens = clock(), 0
         if state.step == schedule.total_steps:
@@ -364,49 +420,38 @@ def train_steps(
 
         step_started = clock()
         # One optimizer step: one global batch, in as many micro batches as the memory asks for.
-        batch = schedule.epoch(state.epoch)[state.batch]
-        batch_tokens, batch_targets = int((lengths[batch] - 1).sum()), int(num_targets[batch].sum())
-        micro_batches = split_micro_batches(
-            lengths, batch, world_size=world_size, micro_batch_tokens=recipe.micro_batch_tokens
-        )
         learning_rate = learning_rate_at(state.step, schedule.total_steps, recipe)
         for group in backend.optimizer.param_groups:
             group["lr"] = learning_rate
         micro_batch_losses = []
-        for number, per_rank in enumerate(micro_batches, start=1):
-            own = per_rank[rank]
-            documents = [job.documents.document(int(index)) for index in own]
-            arrays = plain_model.collate(documents, job.documents.labels[own], epoch=state.epoch)
+        for prepared in micro_batches:
             loss = yield MicroBatch(
                 backend=backend,
-                tensors=to_device(arrays, device),
+                tensors=tuple(x.to(device, non_blocking=True) for x in prepared.tensors),
                 # Gradients are averaged over ranks, so their sum is world_size times that.
-                scale=world_size / batch_targets,
-                last=number == len(micro_batches),
+                scale=world_size / prepared.batch_targets,
+                last=prepared.last,
             )
-            micro_batch_losses.append(MicroBatchLoss(documents=own, loss=loss))
-        grad_norm = backend.clip_grad_norm(recipe.max_grad_norm or math.inf)
-        if state.step == 0 and grad_norm == 0.0:
-            raise UserError(
-                f"{name}: every gradient of the first step is zero, so nothing would be learnt; "
-                "check the fine-tuning options (lora_target_modules, gradient_checkpointing)."
-            )
-        finite = math.isfinite(grad_norm)
-        if finite:
-            backend.step()
-            for item in micro_batch_losses:
-                running_loss += item.loss
-            running_targets += batch_targets
-            state.tokens += batch_tokens
-            state.bad_steps_in_a_row = 0
+            micro_batch_losses.append(MicroBatchLoss(documents=prepared.documents, loss=loss))
+            if prepared.last:
+                break
+        update_norm = backend.update(recipe.max_grad_norm or math.inf)
         state.step += 1
         state.batch += 1
         if state.batch == len(schedule.epoch(state.epoch)):
             state.epoch, state.batch = state.epoch + 1, 0
-        line_tokens += batch_tokens
-        if not finite:
-            skip_step(micro_batch_losses, grad_norm)
-        backend.zero_grad()
+        line_tokens += prepared.batch_tokens
+        queued.append(
+            _QueuedStep(
+                number=state.step,
+                where=_where(job.identity, state, schedule),
+                tokens=prepared.batch_tokens,
+                targets=prepared.batch_targets,
+                micro_batches=micro_batch_losses,
+                grad_norm=update_norm,
+            )
+        )
+        settle(keep=_STEPS_QUEUED)
 
         if state.step % recipe.log_every_steps == 0 or state.step == schedule.total_steps:
             gather_loss()
@@ -446,7 +491,7 @@ def train_steps(
             )
             progress.update(name, state.step, schedule.total_steps, facts)
         this_step_seconds = clock() - step_started
-        timer.add(this_step_seconds, batch_tokens)
+        timer.add(this_step_seconds, prepared.batch_tokens)
         step_seconds = max(step_seconds, this_step_seconds)
         every = recipe.checkpoint_every_steps
         if every is not None and state.step % every == 0 and not evaluation_due():

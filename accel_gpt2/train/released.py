@@ -86,6 +86,7 @@ class ReleasingBackend(PlainBackend):
     def __init__(self, accelerator: Any, model: TrainedModel, recipe: TrainRecipe) -> None:
         assert accelerator.num_processes == 1, "plan.support refuses more"
         super().__init__(accelerator, model, recipe)
+        self._skipper = None  # it has stepped before the norm is known
         self._releaser = GradientReleaser(getattr(self.optimizer, "optimizer", self.optimizer))
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

@@ -23,22 +23,23 @@ class BatchSchedule:
     ) -> None:
         self._lengths = lengths
         self._recipe = recipe
-        self._epoch = -1
-        self._batches: list[Indices] = []
+        self._epochs: dict[int, list[Indices]] = {}
         self.total_steps = self._count_steps() if total_steps is None else total_steps
 
     def epoch(self, epoch: int) -> list[Indices]:
         """The global batches of an epoch, in order."""
-        if epoch != self._epoch:
-            self._batches = epoch_batches(
+        batches = self._epochs.get(epoch)
+        if batches is None:
+            batches = epoch_batches(
                 self._lengths,
                 global_batch_tokens=self._recipe.global_batch_tokens,
                 global_batch_size=self._recipe.global_batch_size,
                 seed=self._recipe.seed,
                 epoch=epoch,
             )
-            self._epoch = epoch
-        return self._batches
+            # The last two: a thread that prepares batches comes to the next epoch before the loop.
+            self._epochs = {**dict([*self._epochs.items()][-1:]), epoch: batches}
+        return batches
 
     def _count_steps(self) -> int:
         limit = self._recipe.max_steps or math.inf

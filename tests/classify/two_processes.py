@@ -133,7 +133,7 @@ def documents_noted() -> Iterator[list[int]]:
     rows: list[int] = []
 
     def noting(self: TokenizedDocuments, index: int) -> np.ndarray:
-        if sys._getframe(1).f_code.co_filename.endswith("loop.py"):
+        if sys._getframe(1).f_code.co_filename.endswith("prefetch.py"):
             rows.append(int(self.rows[index]))
         return read(self, index)
 
