@@ -13,6 +13,7 @@ import torch
 
 from accel_gpt2.catalog.gpus import GpuSpec, find_gpu
 from accel_gpt2.catalog.strategies import STRATEGIES, ShardingStrategy
+from accel_gpt2.data.quiet import only_errors_of_deepspeed
 from accel_gpt2.errors import UsageError, UserError
 from accel_gpt2.failures import ending
 from accel_gpt2.recipe import TrainRecipe, autocast_precision
@@ -113,8 +114,7 @@ def _quiet_deepspeed() -> None:
     """Its log goes to stderr, from errors up: stdout is for results."""
     import warnings
 
-    # It warns while it is imported.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    only_errors_of_deepspeed()
     from deepspeed.utils import logger
 
     for handler in logger.handlers:
