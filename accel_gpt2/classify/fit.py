@@ -21,6 +21,7 @@ from accel_gpt2.classify.standing import (
     Standing,
     start_directory,
 )
+from accel_gpt2.classify.status import read_classes, where_they_are
 from accel_gpt2.classify.validation import calibrate, log_joint_validation
 from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import ResolvedRecipe, TrainRecipe
@@ -110,6 +111,9 @@ def fit(
             # The person is told what ended the run, not what else a full disk has no room for.
             with contextlib.suppress(UserError, OSError):
                 _close(accelerator, run_directory, recipe, spent_seconds + stop.seconds)
+            classes = read_classes(run_directory)
+            if talks and len(classes) > 1:
+                progress.say(where_they_are(classes, at_work=True))
             raise
         _close(accelerator, run_directory, recipe, spent_seconds + stop.seconds)
 

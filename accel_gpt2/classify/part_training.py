@@ -33,6 +33,7 @@ from accel_gpt2.classify.status import ClassStatus, RunStatus
 from accel_gpt2.classify.validation import joint_accuracy
 from accel_gpt2.durable import write_json
 from accel_gpt2.errors import StoppedEarly, UserError
+from accel_gpt2.failures import ending
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.checkpoint import TrainState, checkpoint_path, read_state, read_weights
 from accel_gpt2.train.loop import ClassTraining, train_class
@@ -57,6 +58,9 @@ class RunRecords(Protocol):
 
     def saved(self, part: Part) -> None:
         """A checkpoint of a part is in place."""
+
+    def failed(self, part: Part, message: str) -> None:
+        """A part has failed, and others go on."""
 
 
 class DirectoryRecords:
@@ -96,7 +100,8 @@ class DirectoryRecords:
         stopped = isinstance(error, StoppedEarly | KeyboardInterrupt)
         for row in self.status.classes:
             if row.state == "training":
-                self.status.ended(row.index, "stopped" if stopped else "failed")
+                message = "" if stopped or error is None else ending(error)[1]
+                self.status.ended(row.index, "stopped" if stopped else "failed", message)
         if self._plan:  # the card has what it cost
             with contextlib.suppress(UserError, OSError):  # a full disk is told elsewhere
                 self._note_spent()
@@ -126,6 +131,9 @@ class DirectoryRecords:
         self._note_spent()
         if (best := _best_loss_bits(part)) is not None:
             self.status.best(part.index, best)
+
+    def failed(self, part: Part, message: str) -> None:
+        self.status.ended(part.index, "failed", message)
 
     def _note_spent(self) -> None:
         self._spent()
@@ -280,6 +288,11 @@ class RunTraining:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def failed(self, part: Part, error: UserError) -> None:
+        """Say that a part has failed, and that the others go on."""
+        self._records.failed(part, str(error))
+        self.progress.say(f"{part.name} failed: {error} The other classes go on.")
 
     def finish(self, part: Part, job: ClassTraining, state: TrainState) -> None:
         """Publish the best checkpoint of a trained part as what transformers or peft loads."""

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,18 @@ def devices_of(recipe: TrainRecipe, num_parts: int) -> list[str]:
     names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     profile = PROFILES.get(recipe.profile)
     return names if profile is None or profile.gpu is None else names[: profile.num_gpus]
+
+
+def start_child(environment: Mapping[str, str], lock: int) -> "subprocess.Popen[bytes]":
+    """`placed_child` in a process of its own, which has a part in the lock with this descriptor."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "accel_gpt2.classify.placed_child"],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=(lock,),
+        start_new_session=True,  # the terminal's Ctrl-C comes to us, and is passed on once
+    )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -229,14 +241,7 @@ class PlacedTraining:
             saved=self._stop.saved,
             describes=describes,
         )
-        process = subprocess.Popen(
-            [sys.executable, "-m", "accel_gpt2.classify.placed_child"],
-            env=self._environment(device),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=(held_descriptor(self._run_directory),),
-            start_new_session=True,  # the terminal's Ctrl-C comes to us, and is passed on once
-        )
+        process = start_child(self._environment(device), held_descriptor(self._run_directory))
         child = _Child(part=part, device=device, process=process, describes=describes)
         self._children.append(child)
         assert process.stdin is not None
@@ -342,7 +347,7 @@ class PlacedTraining:
             status.ended(child.part.index, "stopped")
         else:
             self._ended.failures.append(_Failure(part=child.part, **ending))
-            status.ended(child.part.index, "failed")
+            status.ended(child.part.index, "failed", ending["message"])
             others = " The other classes go on." if self._children or self._queue else ""
             self._progress.say(f"{child.part.name} failed: {ending['message']}{others}")
 

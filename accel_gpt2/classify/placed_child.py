@@ -110,6 +110,9 @@ class _Records:
     def saved(self, part: Part) -> None:
         self._channel.send("saved")
 
+    def failed(self, part: Part, message: str) -> None:
+        raise AssertionError("a child has one part, and fails with it")
+
 
 def main() -> None:
     """Train what stdin says, and tell how it ended."""

@@ -71,7 +71,7 @@ def train_on_shared_base(training: RunTraining) -> None:
         training.finish(parts[number], jobs[number], state)
 
     def on_failed(number: int, error: UserError) -> None:
-        training.progress.say(f"{error} The other classes go on.")
+        training.failed(parts[number], error)
 
     training.stop.trainings = len(parts)
     train_side_by_side(

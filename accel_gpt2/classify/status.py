@@ -28,7 +28,7 @@ _SECONDS_BETWEEN_STEPS = 2.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassStatus:
     """Where one class is. `process` is the number of the one that trains or trained it last,
-    `updated` a local time with its offset (ISO 8601)."""
+    `updated` a local time with its offset (ISO 8601), `message` why it failed."""
 
     index: int
     name: str
@@ -38,6 +38,7 @@ class ClassStatus:
     best_loss_bits: float | None = None
     process: int | None = None
     updated: str = ""
+    message: str = ""
 
 
 class RunStatus:
@@ -54,7 +55,8 @@ class RunStatus:
     def reached(self, index: int, step: int, *, process: int) -> None:
         """A class is being trained and is at this step."""
         before = self.classes[index]
-        self._put(index, replace(before, state="training", step=step, process=process))
+        now = replace(before, state="training", step=step, process=process, message="")
+        self._put(index, now)
         begins = (before.state, before.process) != ("training", process)
         if begins or time.monotonic() - self._written >= _SECONDS_BETWEEN_STEPS:
             self.write()
@@ -64,9 +66,9 @@ class RunStatus:
         self._put(index, replace(self.classes[index], best_loss_bits=loss_bits))
         self.write()
 
-    def ended(self, index: int, state: State) -> None:
-        """A class is finished, or its training has ended in another way."""
-        self._put(index, replace(self.classes[index], state=state))
+    def ended(self, index: int, state: State, message: str = "") -> None:
+        """A class is finished, or its training has ended in another way, for this reason."""
+        self._put(index, replace(self.classes[index], state=state, message=message))
         self.write()
 
     def _put(self, index: int, status: ClassStatus) -> None:
@@ -115,6 +117,49 @@ def read_classes(run_directory: Path) -> tuple[ClassStatus, ...]:
         return tuple(ClassStatus(**row) for row in rows)
     except TypeError:
         return ()
+
+
+def where_they_are(classes: Sequence[ClassStatus], *, at_work: bool) -> str:
+    """The classes in one line, as a person would say it.
+
+    Args:
+        at_work: whether a trainer lives; without one, what was being trained was killed.
+
+    >>> def at(name, state, step): return ClassStatus(
+    ...     index=0, name=name, state=state, step=step, total_steps=9)
+    >>> where_they_are([at("a", "finished", 9), at("b", "finished", 9), at("c", "failed", 4)],
+    ...                at_work=False)
+    'a and b are trained; c failed at step 4 of 9.'
+    >>> where_they_are([at("a", "training", 3), at("b", "waiting", 0)], at_work=False)
+    'a was killed at step 3 of 9; b is not begun.'
+    """
+    trained = [x.name for x in classes if x.state == "finished"]
+    waiting = [x.name for x in classes if x.state == "waiting" and x.step == 0]
+    others = [
+        f"{x.name} {_DOING[state_of(x, at_work=at_work)]} step {x.step} of {x.total_steps}"
+        for x in classes
+        if x.name not in {*trained, *waiting}
+    ]
+    said = [*_each(trained, "trained"), *others, *_each(waiting, "not begun")]
+    return "; ".join(said) + "."
+
+
+def _each(names: Sequence[str], how: str) -> list[str]:
+    return [f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} {how}"] if names else []
+
+
+def state_of(status: ClassStatus, *, at_work: bool) -> State | Literal["killed"]:
+    """The state of a class, where a trainer may have died without a word."""
+    return "killed" if status.state == "training" and not at_work else status.state
+
+
+_DOING = {
+    "training": "is at",
+    "waiting": "waits at",
+    "stopped": "stopped at",
+    "failed": "failed at",
+    "killed": "was killed at",
+}
 
 
 def _classes(run_directory: Path) -> dict[str, Any]:

@@ -1,17 +1,25 @@
-"""`doctor`: what is installed and what this machine can do, for the person and for a bug report."""
+"""`doctor`: what is installed and what this machine can do, for the person and for a bug report; or
+where a run stands."""
 
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 import accel_gpt2
+from accel_gpt2.classify.lock import working_owner
+from accel_gpt2.classify.status import read_classes, read_ending, state_of
 from accel_gpt2.cli.hardware import detect_hardware, profile_for
 from accel_gpt2.cli.options import DebugOption, JsonOption
-from accel_gpt2.cli.output import print_json, print_table, warn
+from accel_gpt2.cli.output import print_json, print_table, say, warn
+from accel_gpt2.cli.run_directory import RECIPE_FILE, require_run
 from accel_gpt2.units import format_bytes
 from accel_gpt2.versions import installed_versions
 
@@ -36,8 +44,18 @@ _SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "KEY", "CREDENTIAL", "AUTH")
 _HUB_TIMEOUT_SECONDS = 3.0
 
 
-def doctor(json: JsonOption = False, debug: DebugOption = False) -> None:
-    """Say what is installed, and what would stand in the way."""
+def doctor(
+    run_directory: Annotated[
+        Path | None,
+        typer.Argument(metavar="RUN", help="A run directory, for where its training stands."),
+    ] = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Say what is installed and in the way, or where a run stands."""
+    if run_directory is not None:
+        _say_where_it_stands(run_directory, as_json=json)
+        return
     findings = examine()
     if json:
         print_json(findings)
@@ -45,6 +63,59 @@ def doctor(json: JsonOption = False, debug: DebugOption = False) -> None:
     print_table({"": "left", "found": "left"}, _rows(findings))
     for problem in findings["problems"]:
         warn(problem)
+
+
+def _say_where_it_stands(run_directory: Path, *, as_json: bool) -> None:
+    require_run(run_directory)
+    owner = working_owner(run_directory)
+    classes = read_classes(run_directory)
+    ending = read_ending(run_directory) if owner is None else None
+    states = [state_of(x, at_work=owner is not None) for x in classes]
+    if as_json:
+        last = None if ending is None else {"exit_code": ending[0], "message": ending[1]}
+        print_json(
+            {
+                "at_work": None if owner is None else asdict(owner),
+                "ending": last,
+                "classes": [
+                    {**asdict(x), "state": state} for x, state in zip(classes, states, strict=True)
+                ],
+            }
+        )
+        return
+    columns = {"class": "left", "state": "left", "step": "right", "best": "right", "at": "left"}
+    rows = [
+        [
+            x.name,
+            state,
+            f"{x.step}/{x.total_steps}",
+            "" if x.best_loss_bits is None else f"{x.best_loss_bits:.3f} bits",
+            x.updated[:19].replace("T", " "),
+        ]
+        for x, state in zip(classes, states, strict=True)
+    ]
+    if rows:
+        print_table(columns, rows)  # type: ignore[arg-type]
+    for x in classes:
+        if x.message:
+            say(f"{x.name} failed: {x.message}", style="red")
+    if owner is not None:
+        since = owner.started_at.replace("T", " ")
+        said = f"Process {owner.pid} is at work since {since}"
+        say(f"{said}; `kill {owner.pid}` has it save and stop.")
+    elif not rows:
+        say("No training has got as far as its classes.")
+    elif set(states) != {"finished"}:
+        say(_last_words(ending))
+        recipe = shlex.quote(str(run_directory / RECIPE_FILE))
+        directory = shlex.quote(str(run_directory))
+        say(f"Go on with `accel-gpt2 train --recipe {recipe} --output-dir {directory}`.")
+
+
+def _last_words(ending: tuple[int, str] | None) -> str:
+    if ending is None:
+        return "Nobody is at work, and who was last has not said how that ended."
+    return f"Nobody is at work; the last training ended with exit code {ending[0]}. {ending[1]}"
 
 
 def examine() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One self-contained HTML page about a run, and the PNGs that stand on it."""
 
+import dataclasses
 import itertools
 import math
 import shlex
@@ -36,16 +37,20 @@ _TRAINED = {
 }
 
 
-def write_report(run_directory: Path) -> Path:
+def write_report(run_directory: Path, *, notices: Sequence[str] = ()) -> Path:
     """Write evaluation/report.html and its PNGs, and return the page's path.
 
     The page needs no other file and no network. A run without an evaluation gets its loss curves
     and the command that evaluates it.
 
+    Args:
+        notices: what is said above everything else.
+
     Raises:
         UserError: when the directory is not that of a run, or its metrics.json is damaged.
     """
     run = read_run(run_directory)
+    run = dataclasses.replace(run, notices=(*notices, *run.notices))
     figures = _figures(run)
     folder = run_directory / "evaluation"
     folder.mkdir(exist_ok=True)

@@ -122,7 +122,7 @@ CASES: list[Case] = [
     typed("option-control", r"No such option", "train", "--a\x00b\x7f\x9b"),
     typed("argument-too-many", r"unexpected extra argument", "train", "imdb"),
     typed("profiles-argument", r"unexpected extra argument", "profiles", "rtx4070ti"),
-    typed("doctor-argument", r"unexpected extra argument", "doctor", "\x1b[31m"),
+    typed("doctor-argument", r"\\x1b\[31m does not exist", "doctor", "\x1b[31m"),
     *(
         typed(f"{verb}-without-run", r"Missing argument 'RUN'", verb)
         for verb in ("evaluate", "predict", "report")
