@@ -302,12 +302,17 @@ def _use_device(choice: TrainChoice) -> None:
         said = avoid_broken_links(os.environ)
         if said is not None:
             warn(said)
-    if world_size < choice.profile.num_gpus and choice.placement in _IN_ONE_LAUNCH:
+    num_gpus = choice.profile.num_gpus
+    if world_size < num_gpus and choice.placement in _IN_ONE_LAUNCH:
+        more = "--placement per-gpu"
+        if choice.placement == "sequential":
+            more = (
+                "accelerate launch --config_file accelerate_configs/ddp.yaml "
+                f"--num_processes {num_gpus}"
+            )
         warn(
-            f"Profile {choice.profile.name} has {choice.profile.num_gpus} GPUs, and the launcher "
-            f"started {world_size} process(es): give `accelerate launch --config_file "
-            f"accelerate_configs/ddp.yaml --num_processes {choice.profile.num_gpus}` to use them "
-            "all."
+            f"Profile {choice.profile.name} has {num_gpus} GPUs, and {world_size} is used: give "
+            f"`{more}` to use them all."
         )
 
 

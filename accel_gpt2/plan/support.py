@@ -81,6 +81,14 @@ _RULES: Sequence[tuple[_Applies, str, str]] = (
     ),
     (
         lambda recipe, strategy, placement: (
+            placement == "shared-base" and strategy.backend != "none"
+        ),
+        "one process trains all classes there, on the one base that it holds",
+        "--placement per-gpu with --strategy single for a process and a base for each class, or "
+        "--placement sequential",
+    ),
+    (
+        lambda recipe, strategy, placement: (
             placement != "sequential" and strategy.backend != "none"
         ),
         "each model has one process there, and a strategy spreads it over several",

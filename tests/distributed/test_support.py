@@ -1,7 +1,7 @@
 """Every cell of docs/support.md that says yes is trained, as one process would train it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,14 @@ import pytest
 from safetensors.torch import load_file
 
 from accel_gpt2.catalog.strategies import STRATEGIES
+from accel_gpt2.classify.status import read_classes
+from accel_gpt2.plan.placement import Placement
 from accel_gpt2.plan.support import GPU_ONLY, VARIANTS, refusal, variant_recipe
-from accel_gpt2.recipe import Layer, ResolvedRecipe, resolve
+from accel_gpt2.recipe import Finetuning, Layer, ResolvedRecipe, resolve
 from tests.conftest import write_texts
 
 from .harness import run
+from .placed import train_each_placed
 from .trainings import train, train_each
 
 # Scores of validation documents, relative: rounding in fp32; and where 16 or fewer bits are kept,
@@ -87,22 +90,61 @@ def alone(
     return _trained("single", 1, recipes, tmp_path_factory.mktemp("alone"))
 
 
+@pytest.fixture(scope="module")
+def adapted(
+    recipes: Mapping[str, ResolvedRecipe], alone: Mapping[str, Path]
+) -> Mapping[str, ResolvedRecipe]:
+    """Each variant that goes with a shared base, as LoRA where it says nothing of adapters."""
+    return {
+        name: recipes[name]
+        if "finetuning" in VARIANTS[name]
+        else _changed(
+            recipes[name],
+            finetuning="lora",
+            learning_rate=3e-3,
+            init="pretrained",
+            tokenizer="auto",
+            model=str(next(alone[name if name == "masked LM" else "fp32"].glob("class-0-*/final"))),
+        )
+        for name in _supported("single", "shared-base", finetuning="lora")
+        if name != "fp32"  # full fine-tuning, which has no base to share
+    }
+
+
+def _changed(resolved: ResolvedRecipe, **changes: Any) -> ResolvedRecipe:
+    return dataclasses.replace(resolved, recipe=dataclasses.replace(resolved.recipe, **changes))
+
+
+def _supported(
+    strategy: str, placement: Placement = "sequential", *, finetuning: Finetuning = "full"
+) -> list[str]:
+    """The variants that can be trained so, on a CPU."""
+    return [
+        name
+        for name in VARIANTS
+        if name not in GPU_ONLY
+        and refusal(variant_recipe(name, finetuning=finetuning), STRATEGIES[strategy], placement)
+        is None
+    ]
+
+
 def _trained(
     strategy: str, num_processes: int, recipes: Mapping[str, ResolvedRecipe], folder: Path
 ) -> dict[str, Path]:
-    names = [
-        name
-        for name in VARIANTS
-        if refusal(variant_recipe(name), STRATEGIES[strategy]) is None and name not in GPU_ONLY
-    ]
-    runs = {name: folder / name.replace(" ", "-") for name in names}
-    run(
-        strategy,
-        num_processes,
-        train_each,
-        [(recipes[name], runs[name]) for name in names],
-        timeout_seconds=300.0,
-    )
+    wanted = {name: recipes[name] for name in _supported(strategy)}
+    return _train(strategy, num_processes, train_each, wanted, folder)
+
+
+def _train(
+    strategy: str,
+    num_processes: int,
+    train: Callable[[Sequence[tuple[ResolvedRecipe, Path]]], None],
+    recipes: Mapping[str, ResolvedRecipe],
+    folder: Path,
+) -> dict[str, Path]:
+    runs = {name: folder / name.replace(" ", "-") for name in recipes}
+    trainings = [(recipes[name], runs[name]) for name in recipes]
+    run(strategy, num_processes, train, trainings, timeout_seconds=300.0)
     return runs
 
 
@@ -124,6 +166,40 @@ def test_all_that_is_supported_is_trained(
     runs = _trained(strategy, num_processes, recipes, tmp_path)
     assert len(runs) >= 10
     for name, directory in runs.items():
+        _assert_alike(directory, alone[name], _COARSE if name in _COARSE_VARIANTS else _ROUNDING)
+
+
+@pytest.mark.parametrize("placement", ["per-gpu", "concurrent"])
+def test_all_that_is_supported_is_trained_in_processes_of_its_own(
+    placement: Placement,
+    recipes: Mapping[str, ResolvedRecipe],
+    alone: Mapping[str, Path],
+    tmp_path: Path,
+) -> None:
+    """Bit for bit what one class after another comes to, for every variant of the table."""
+    placed = {
+        name: _changed(recipes[name], placement=placement)
+        for name in _supported("single", placement)
+    }
+    runs = _train("single", 1, train_each_placed, placed, tmp_path)
+    assert len(runs) >= 15
+    for name, directory in runs.items():
+        _assert_alike(directory, alone[name], 0)
+        processes = {status.process for status in read_classes(directory)}
+        assert len(processes) == 2, name
+
+
+def test_all_that_is_supported_is_trained_on_one_base(
+    adapted: Mapping[str, ResolvedRecipe], tmp_path: Path
+) -> None:
+    """Adapters side by side are those of one class after another, for every variant of the table,
+    in the same process."""
+    shared = {name: _changed(recipe, placement="shared-base") for name, recipe in adapted.items()}
+    alone = _train("single", 1, train_each, adapted, tmp_path / "alone")
+    runs = _train("single", 1, train_each, shared, tmp_path / "shared")
+    assert len(runs) >= 14
+    for name, directory in runs.items():
+        assert '"event": "shared_base"' in (directory / "log.jsonl").read_text(), name
         _assert_alike(directory, alone[name], _COARSE if name in _COARSE_VARIANTS else _ROUNDING)
 
 

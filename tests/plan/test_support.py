@@ -68,6 +68,15 @@ def test_a_training_is_refused_in_one_sentence() -> None:
     check_supported(recipe, STRATEGIES["ddp"])
 
 
+def test_one_base_is_not_spread_over_processes() -> None:
+    """The nearest is a base for each class; what is named is trained."""
+    recipe = resolve([Layer(origin="test", values={"finetuning": "lora"})]).recipe
+    with pytest.raises(UsageError, match=r"holds; give --placement per-gpu with --strategy single"):
+        check_supported(recipe, STRATEGIES["ddp"], "shared-base")
+    check_supported(recipe, STRATEGIES["single"], "per-gpu")
+    check_supported(recipe, STRATEGIES["ddp"], "sequential")
+
+
 def test_the_page_is_what_the_rules_say() -> None:
     """docs/support.md was generated from the rules as they are."""
     page = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
