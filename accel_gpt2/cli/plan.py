@@ -17,7 +17,8 @@ from accel_gpt2.plan.candidates import CHOICES, Preference
 from accel_gpt2.recipe import resolve
 
 if TYPE_CHECKING:
-    from accel_gpt2.plan.search import Depth, RunPlan
+    from accel_gpt2.plan.run_plan import RunPlan
+    from accel_gpt2.plan.search import Depth
 
 
 def plan(
@@ -53,10 +54,8 @@ def plan(
     What is given is kept, and what is left open is searched, at the same global batch. Nothing is
     loaded and nothing runs. Exit code 3 when nothing fits.
     """
-    from accel_gpt2.cli.plan_output import explain, plan_document, show_plan, show_table
     from accel_gpt2.cli.planning import does_not_fit, measured_here, traced
     from accel_gpt2.plan.memory import covers
-    from accel_gpt2.plan.table import requirements_table
 
     if table:
         others = {"--explain": explain_, "--plot": plot, "--all": show_all}
@@ -64,6 +63,9 @@ def plan(
         if unused or options.layers:
             names = ", ".join([*unused, *(layer.origin for layer in options.layers)])
             raise UsageError(f"--table prints one table for everything; leave out {names}.")
+        from accel_gpt2.cli.plan_table import show_table
+        from accel_gpt2.plan.table import requirements_table
+
         show_table(requirements_table(calibration=measured_here()), json=json)
         return
     made = make_plan(options, prefer=prefer, depth="all" if show_all else "some")
@@ -71,6 +73,8 @@ def plan(
         say("No formula covers this: tracing a step, which takes half a minute the first time ...")
         made = traced(made)
     if explain_ is not None:
+        from accel_gpt2.cli.plan_output import explain
+
         explain(made, explain_)
         return
     if plot is not None:
@@ -79,8 +83,12 @@ def plan(
         write_bytes(plot, memory_bars(made))
     command = shlex.join(["accel-gpt2", "train", *_words(options, made)])
     if json:
+        from accel_gpt2.cli.plan_document import plan_document
+
         print_json(plan_document(made, command=command, everything=show_all))
     else:
+        from accel_gpt2.cli.plan_output import show_plan
+
         show_plan(made, command=command, everything=show_all)
     if made.recommended is None:
         raise DoesNotFitError(does_not_fit(made))
@@ -117,7 +125,7 @@ def make_plan(
 
 def _words(options: TrainOptions, made: "RunPlan") -> list[str]:
     """What to type after `train`: what was given, and what a preference chose in its place."""
-    from accel_gpt2.plan.search import typed_option
+    from accel_gpt2.plan.changes import typed_option
 
     words = typed_words(options)
     if made.prefer == "faithful" or made.recommended is None:

@@ -21,7 +21,8 @@ from accel_gpt2.plan.calibration import CALIBRATION_FILE, Calibration, read_reco
 from accel_gpt2.plan.candidates import RESULT_CHOICES, Preference
 from accel_gpt2.plan.data import DataStatistics, dataset_statistics
 from accel_gpt2.plan.memory import ByteRange, MemoryPlan, MemoryTerm, covers, plan_memory
-from accel_gpt2.plan.search import Depth, RunPlan, plan_run, shortage
+from accel_gpt2.plan.ranking import shortage
+from accel_gpt2.plan.search import Depth, RunPlan, plan_run
 from accel_gpt2.recipe import Layer, TrainRecipe, read_layer, resolve
 
 # For what the closed form does not know (an encoder, another objective): as a language model of the

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from accel_gpt2.plan.search import AROUND_TERMS, Option, RunPlan, memory_parts
+from accel_gpt2.plan.run_plan import AROUND_TERMS, Option, RunPlan, memory_parts
 from accel_gpt2.report.drawing import DOTS_PER_INCH, LIGHT, Theme, png, short_label, style
 from accel_gpt2.units import GIB
 

@@ -7,7 +7,8 @@ import matplotlib.image
 import pytest
 
 from accel_gpt2.catalog.profiles import PROFILES
-from accel_gpt2.plan.search import RunPlan, memory_parts, plan_run
+from accel_gpt2.plan.run_plan import RunPlan, memory_parts
+from accel_gpt2.plan.search import plan_run
 from accel_gpt2.recipe import Layer
 from accel_gpt2.report.drawing import DARK
 from accel_gpt2.report.plan_plot import drawn_options, memory_bars
