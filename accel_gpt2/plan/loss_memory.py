@@ -71,15 +71,17 @@ def _stock_losses(step: Gpt2Step) -> list[list[MemoryTerm]]:
 
 
 def _chunk(step: Gpt2Step) -> list[MemoryTerm]:
-    """A chunk's logits, their error beside them where it is narrower, and its product."""
-    width = 4 + (2 if step.compute == 2 else 0)
-    product = 2 * step.head if step.compute == 2 and step.full else 0
+    """A chunk's logits, and beside them where they are narrower the fp32 ones, or the product of
+    their error with the hidden states."""
+    beside = 0
+    if step.compute == 2:
+        beside = max(4 * step.chunk_logits, 2 * step.head if step.full else 0)
     return [
         term(
             "logits of a chunk",
-            width * step.chunk_logits + product,
-            f"{step.chunk_logits:,} logits x {width} bytes, and {product:,} for the product of "
-            "their error with the hidden states",
+            step.compute * step.chunk_logits + beside,
+            f"{step.chunk_logits:,} logits x {step.compute} bytes, and {beside:,} for them in fp32 "
+            "or for the product of their error with the hidden states",
         ),
         term(
             "fp32 head gradient",

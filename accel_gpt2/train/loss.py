@@ -8,9 +8,13 @@ needs nothing from later layers.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+# Matrix products are fastest where rows begin at a multiple of this many elements and their number
+# is one too. GPT-2's 50,257 words are 17 more than that: they get a product of their own, and rows
+# of logits some space behind them (docs/log.md, 2026-11-23: 1.16x on a CPU).
+_ALIGNED_WORDS = 64
 
 
 def chunked_cross_entropy(
@@ -45,23 +49,54 @@ def chunked_log_likelihoods(
 ) -> Tensor:
     """log p(target) of every row, fp32 [num_tokens]; arguments as in `chunked_cross_entropy`.
 
-    The head's product is fp32 even under autocast: GPT-2's logits are near -100, where bf16 has
-    steps of 0.5, and a document's likelihood is a sum over hundreds of them.
+    No more logits exist at once than `chunk_tokens` rows have, but they are those of more rows and
+    of a part of the vocabulary. The head's product is fp32 even under autocast: GPT-2's logits are
+    near -100, where bf16 has steps of 0.5, and a document's likelihood is a sum over hundreds.
     """
-    result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        head, head_bias = weight.float(), None if bias is None else bias.float()
-        for start in range(0, len(hidden), chunk_tokens):
-            stop = min(start + chunk_tokens, len(hidden))
-            logits = F.linear(hidden[start:stop].float(), head, head_bias)
-            log_likelihoods, _ = _exponentiate_(logits, targets[start:stop, None])
-            result[start:stop] = log_likelihoods.squeeze(1)
-            del logits  # before the next chunk's come
-    return result
+        hidden, head = hidden.float(), weight.float()
+        head_bias = None if bias is None else bias.float()
+        at_target = torch.linalg.vecdot(hidden, head[targets])
+        if head_bias is not None:
+            at_target += head_bias[targets]
+        normalisers = [
+            _log_sum_exp(rows, head, head_bias, _columns_at_once(rows, head, chunk_tokens))
+            for rows in torch.split(hidden, _SCORED_ROWS)
+        ]
+        log_likelihoods: Tensor = at_target - torch.cat(normalisers)
+    return log_likelihoods
+
+
+# A product as wide as GPT-2's odd 50,257 has its rows where no vector unit likes them; parts of it
+# are aligned. On a CPU they also stay in its cache until they are summed: 1.6x in all, with 256 to
+# 4,096 columns alike. A GPU would do nothing but launch kernels for so small parts.
+_SCORED_ROWS = 4096
+_CPU_COLUMNS = 1024
+
+
+def _columns_at_once(rows: Tensor, head: Tensor, chunk_tokens: int) -> int:
+    fitting = max(64, chunk_tokens * len(head) // max(1, len(rows)) // 64 * 64)
+    return min(fitting, _CPU_COLUMNS) if rows.device.type == "cpu" else fitting
+
+
+def _log_sum_exp(rows: Tensor, head: Tensor, bias: Tensor | None, columns: int) -> Tensor:
+    """log sum exp of each row's logits, fp32 [rows], so many columns of them at once."""
+    largest = rows.new_full((len(rows), 1), -torch.inf)
+    sums = torch.zeros_like(largest)
+    for start in range(0, len(head), columns):
+        part = slice(start, start + columns)
+        logits = rows @ head[part].T
+        if bias is not None:
+            logits += bias[part]
+        before, largest = largest, torch.maximum(largest, logits.amax(dim=1, keepdim=True))
+        sums *= (before - largest).exp_()
+        sums += logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
+        del logits  # before the next part's come
+    return (largest + sums.log()).squeeze(1)
 
 
 def _exponentiate_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(target) of every row and the row's sum of exponentials, [num_tokens, 1] both.
+    """log p(target) of every row and the row's sum of exponentials, [num_rows, 1] both.
 
     In place: the exponentials, scaled so that a row's largest is 1, take the place of the logits.
     `logsumexp` would hold a second tensor of that size.
@@ -92,7 +127,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         row_weights: Tensor | None,
     ) -> Tensor:
         hidden_wanted, weight_wanted, bias_wanted, *_ = ctx.needs_input_grad
-        anything_wanted = hidden_wanted or weight_wanted or bias_wanted
         dtype = _matmul_dtype(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             head, head_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -105,32 +139,34 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 else None
             )
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+            # For all chunks: a CPU's memory is zeroed, page after page, each time it is taken.
+            chunk = _empty_logits(min(chunk_tokens, len(hidden)), head)
             for start in range(0, len(hidden), chunk_tokens):
                 stop = min(start + chunk_tokens, len(hidden))
                 rows = hidden[start:stop].to(dtype)
                 wanted = targets[start:stop, None]
-                logits = F.linear(rows, head, head_bias).float()
-                log_likelihoods, sums = _exponentiate_(logits, wanted)
-                losses = -log_likelihoods
+                logits = chunk[: stop - start]
+                _write_logits(rows, head, head_bias, logits)
+                error = logits.float()  # the same tensor where it is fp32
+                log_likelihoods, sums = _exponentiate_(error, wanted)
                 counts = None if row_weights is None else row_weights[start:stop, None].float()
-                total += (losses if counts is None else counts * losses).sum()
-                if not anything_wanted:
+                total -= (log_likelihoods if counts is None else counts * log_likelihoods).sum()
+                if not (hidden_wanted or weight_wanted or bias_wanted):
                     continue
-                # d loss / d logits = softmax - one-hot, in the place of the logits.
-                error = logits.div_(sums)
+                # d loss / d logits = softmax - one-hot.
+                error.div_(sums)
                 error.scatter_add_(1, wanted, error.new_full((1, 1), -1.0).expand_as(wanted))
                 if counts is not None:
                     error *= counts
                 if grad_bias is not None:
                     grad_bias += error.sum(dim=0)
-                error = error.to(dtype)
+                error = logits.copy_(
+                    error
+                )  # in the type of products, and in rows of aligned length
                 if grad_hidden is not None:
-                    grad_hidden[start:stop] = error @ head
-                if grad_weight is not None and dtype == torch.float32:
-                    grad_weight.addmm_(error.T, rows)
-                elif grad_weight is not None:
-                    grad_weight += error.T @ rows
-                del logits, error  # before the next chunk's come
+                    grad_hidden[start:stop] = _product(error, head)
+                if grad_weight is not None:
+                    _add_outer_product_(grad_weight, error, rows)
         ctx.gradients = (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -146,3 +182,49 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx.gradients = None  # scaled in place below, so a second backward must fail
         scaled = tuple(None if g is None else g.mul_(factor) for g in gradients)
         return (*scaled, None, None, None)
+
+
+def _word_parts(vocab_size: int) -> list[slice]:
+    """The vocabulary cut into an aligned part and what is left over.
+
+    >>> _word_parts(50_257)
+    [slice(0, 50240, None), slice(50240, 50257, None)]
+    >>> _word_parts(4096), _word_parts(11)
+    ([slice(0, 4096, None)], [slice(0, 11, None)])
+    """
+    aligned = vocab_size - vocab_size % _ALIGNED_WORDS
+    parts = [slice(0, aligned), slice(aligned, vocab_size)]
+    return [part for part in parts if part.start < part.stop]
+
+
+def _empty_logits(num_rows: int, head: Tensor) -> Tensor:
+    """[num_rows, vocab_size], in rows of aligned length and of the head's type."""
+    width = -(-len(head) // _ALIGNED_WORDS) * _ALIGNED_WORDS
+    return head.new_empty(num_rows, width)[:, : len(head)]
+
+
+def _write_logits(rows: Tensor, head: Tensor, bias: Tensor | None, logits: Tensor) -> None:
+    """rows @ head.T + bias, [num_rows, vocab_size]."""
+    for part in _word_parts(len(head)):
+        if bias is None:
+            torch.mm(rows, head[part].T, out=logits[:, part])
+        else:
+            torch.addmm(bias[part], rows, head[part].T, out=logits[:, part])
+
+
+def _product(error: Tensor, head: Tensor) -> Tensor:
+    """error @ head, [num_rows, n_embd]."""
+    first, *rest = _word_parts(len(head))
+    product = error[:, first] @ head[first]
+    for part in rest:
+        product.addmm_(error[:, part], head[part])
+    return product
+
+
+def _add_outer_product_(total: Tensor, error: Tensor, rows: Tensor) -> None:
+    """Add error.T @ rows, [words, n_embd], to the fp32 total."""
+    for part in _word_parts(len(total)):
+        if error.dtype == torch.float32:
+            total[part].addmm_(error[:, part].T, rows)
+        else:
+            total[part] += error[:, part].T @ rows

@@ -57,6 +57,26 @@ def test_second_backward_fails() -> None:
         loss.backward()
 
 
+def test_bf16_logits_lose_nothing_more() -> None:
+    """Under autocast the products are bf16; what follows is fp32, however unlikely a target is."""
+    hidden, weight, bias, targets = _problem(50, 16, 97)
+    hidden[0] = 40 * weight[0] / weight[0].norm()  # its target is a hundred nats away
+    targets[0] = int((weight @ weight[0]).argmin())
+    ours = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    theirs = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = chunked_cross_entropy(*ours, targets, 7)
+        logits = F.linear(*theirs).float()
+    expected = F.cross_entropy(logits, targets, reduction="sum")
+    assert expected - F.cross_entropy(logits[1:], targets[1:], reduction="sum") > 100
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    loss.backward()
+    expected.backward()
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert mine.grad is not None
+        torch.testing.assert_close(mine.grad, reference.grad, rtol=0.02, atol=0.02)
+
+
 def test_log_likelihoods_are_fp32_under_autocast() -> None:
     """Scores never go through bf16 logits: autocast changes nothing in the head."""
     hidden, weight, bias, targets = _problem(20, 8, 30)
