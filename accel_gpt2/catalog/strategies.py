@@ -39,6 +39,20 @@ class ShardingStrategy:
         return self.shards_optimizer or self.shards_gradients or self.shards_parameters
 
     @property
+    def sums_bf16_in_fp32(self) -> bool:
+        """Whether bf16 gradients of several micro batches are added up in fp32, as ZeRO does if
+        told to; weights that are fp32 under autocast have such gradients anyway.
+
+        In bf16, with 8 significant bits, a sum of like numbers stands still at 256 of them. Where
+        stage 2 offloads the optimizer, DeepSpeed would keep the fp32 sums on the GPU, 4 bytes for
+        each parameter of the share; its bf16 ones are in host memory, and stay that.
+
+        >>> STRATEGIES["zero2"].sums_bf16_in_fp32, STRATEGIES["zero2_offload"].sums_bf16_in_fp32
+        (True, False)
+        """
+        return self.backend == "deepspeed" and not (self.offloads_optimizer and self.zero_stage < 3)
+
+    @property
     def smallest_world_size(self) -> int:
         """The number of processes from which on it does something; host memory helps one alone.
 

@@ -69,9 +69,9 @@ def assemble_plan(
     Args:
         phases: without what libraries take.
     """
+    libraries = _library_terms(profile)
     phases = tuple(
-        MemoryPhase(name=phase.name, terms=(*phase.terms, *_library_terms(profile)))
-        for phase in phases
+        MemoryPhase(name=phase.name, terms=(*phase.terms, *libraries)) for phase in phases
     )
     allocated = max(phase.bytes for phase in phases)
     reserved = _reserved(allocated, profile)
@@ -164,14 +164,15 @@ def _host(
             )
         )
     if strategy.offloads_optimizer:
-        # Master weights and gradients in fp32, and a pinned 16-bit copy of each for the transfer:
+        # Master weights and gradients in fp32, and what gradients are added up in:
         # deepspeed/runtime/zero, cpu_offload.
         trained = sizes.trained_bytes // 2
+        sums = 4 if strategy.sums_bf16_in_fp32 else 2
         terms.append(
             MemoryTerm(
                 name="offloaded optimizer",
-                bytes=sizes.optimizer_bytes + trained * (4 + 4 + 2),
-                why="state, fp32 weights, fp32 gradients, and pinned 16-bit buffers",
+                bytes=sizes.optimizer_bytes + trained * (4 + 4 + sums),
+                why=f"state, fp32 weights, fp32 gradients, and {sums} bytes each for their sums",
             )
         )
     if strategy.offloads_parameters:

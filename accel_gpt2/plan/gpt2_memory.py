@@ -222,7 +222,8 @@ def _optimizer(step: Gpt2Step) -> list[MemoryTerm]:
         following = max(embeddings, feed_forward, key=sum)
     # One tensor's are let go when the next one's are there.
     temporaries = _step_bytes(step) * (sizes[0] if step.plain_pure else sum(following))
-    if step.strategy.backend == "deepspeed":
+    flat_already = step.strategy.zero_stage == 2 and step.weight == 2  # summed in fp32
+    if step.strategy.backend == "deepspeed" and not flat_already:
         # stage_1_and_2.py and stage3.py, step: the share's gradients in fp32.
         temporaries += 4 * step.num_trained / step.world_size
     return [

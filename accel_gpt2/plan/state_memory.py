@@ -156,7 +156,9 @@ def _deepspeed_buckets(step: Gpt2Step) -> MemoryTerm:
     elements = 2 * step.strategy.bucket_elements
     if step.strategy.zero_stage == 3:
         elements += step.strategy.bucket_elements  # stage3_prefetch_bucket_size
-    return term("exchange buckets", elements * step.weight, f"{elements:,} x {step.weight} bytes")
+    # Stage 1 exchanges the sums of all micro batches, the others each one's gradients.
+    width = 4 if step.strategy.zero_stage == 1 else step.weight
+    return term("exchange buckets", elements * width, f"{elements:,} x {width} bytes")
 
 
 def sizes(step: Gpt2Step) -> StateSizes:
@@ -179,8 +181,11 @@ def sizes(step: Gpt2Step) -> StateSizes:
 
 def gradient_bytes(step: Gpt2Step) -> float:
     """Of all trained parameters, as long as a process holds them."""
-    width = 4 if step.strategy.backend == "fsdp2" and not step.plain_pure else step.weight
-    whole = step.num_trained * width
+    in_fp32 = step.strategy.backend == "fsdp2" or (
+        # Offloaded, the sums are in host memory.
+        step.strategy.sums_bf16_in_fp32 and not step.strategy.offloads_optimizer
+    )
+    whole = step.num_trained * (4 if in_fp32 and not step.plain_pure else step.weight)
     return step.shard(whole, sharded=step.strategy.shards_gradients)
 
 

@@ -69,19 +69,9 @@ def resolved_deepspeed_config(strategy: ShardingStrategy, recipe: TrainRecipe) -
         "fp16": {"enabled": precision == "fp16"},
     }
     # By this name stage 1 would get another class of optimizer; `train.deepspeed` asks its own.
-    if accumulates_in_fp32(strategy, recipe) and strategy.zero_stage > 1:
+    if precision == "bf16" and strategy.sums_bf16_in_fp32 and strategy.zero_stage > 1:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
-
-
-def accumulates_in_fp32(strategy: ShardingStrategy, recipe: TrainRecipe) -> bool:
-    """Whether ZeRO adds the bf16 gradients of several micro batches up in fp32.
-
-    In bf16, with 8 significant bits, a sum of like numbers stands still at 256 of them. Where
-    stage 2 offloads the optimizer, DeepSpeed would keep the fp32 sums on the GPU, 4 bytes for each
-    parameter of the share; its bf16 ones are in host memory, and stay that.
-    """
-    return recipe.mixed_precision == "bf16" and strategy.name != "zero2_offload"
 
 
 def deepspeed_json(strategy: ShardingStrategy) -> str:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accel_gpt2.recipe import TrainRecipe
-from accel_gpt2.render.deepspeed import accumulates_in_fp32, resolved_deepspeed_config
+from accel_gpt2.render.deepspeed import resolved_deepspeed_config
 from accel_gpt2.train.backend import Backend
 from accel_gpt2.train.objective import TrainedModel
 from accel_gpt2.train.optim import build_optimizer
@@ -27,7 +27,7 @@ class DeepSpeedBackend(Backend):
     The engine is called as a library: when a step ends, how the loss is scaled and what learning
     rate it has is the loop's. With bf16 the weights that compute are bf16 themselves, rounded from
     fp32 ones once a step, and so are the gradients of a micro batch, which are added up in fp32
-    (`accumulates_in_fp32`); elsewhere bf16 is autocast from fp32 weights.
+    (`sums_bf16_in_fp32`); elsewhere bf16 is autocast from fp32 weights.
     """
 
     def __init__(self, accelerator: Any, model: TrainedModel, recipe: TrainRecipe) -> None:
@@ -64,10 +64,10 @@ class DeepSpeedBackend(Backend):
             else self.optimizer.single_partition_of_fp32_groups
         )
         self._forget_the_root()
-        if accumulates_in_fp32(strategy, recipe) and strategy.zero_stage == 1:
-            self.optimizer.gradient_accumulation_dtype = torch.float32
-            self.optimizer.use_grad_accum_attribute = True
         if recipe.mixed_precision == "bf16":
+            if strategy.zero_stage == 1:  # the others are told by their configuration
+                self.optimizer.gradient_accumulation_dtype = torch.float32
+                self.optimizer.use_grad_accum_attribute = True
             # The engine made its fp32 weights from those that it had rounded to bf16.
             for name, parameter in self._by_name.items():
                 self._scatter(parameter, weights[name])

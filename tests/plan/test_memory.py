@@ -311,6 +311,31 @@ def test_ddp_has_no_share_and_a_second_copy_of_the_gradients() -> None:
     )
 
 
+def test_zero_adds_bf16_gradients_up_in_fp32() -> None:
+    """4 bytes for each parameter of the share; where the optimizer is offloaded to the host, there
+    (stage 3), or 2 bytes as DeepSpeed's stage 2 has it."""
+    recipe = TrainRecipe(mixed_precision="bf16")
+    plans = {
+        name: _plan(recipe, profile=PROFILES["2x-rtx4070ti"], strategy=name)
+        for name in ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+    }
+    num_parameters = _shape().num_parameters
+    for name, share in (("zero1", 1), ("zero2", 2), ("zero3", 2)):
+        assert _bytes(plans[name], "optimizer step", "gradients") == 4 * num_parameters / share
+    temporaries = {
+        name: _bytes(plans[name], "optimizer step", "optimizer temporaries")
+        for name in ("zero1", "zero2", "zero3")
+    }
+    assert temporaries["zero1"] == temporaries["zero3"]
+    # The sums of stage 2 are what the optimizer steps with; the others have a copy.
+    assert temporaries["zero1"] - temporaries["zero2"] == 4 * num_parameters / 2
+    host = {
+        name: next(x.bytes for x in plans[name].host if x.name == "offloaded optimizer")
+        for name in ("zero2_offload", "zero3_offload")
+    }
+    assert host["zero3_offload"] - host["zero2_offload"] == 2 * num_parameters
+
+
 def test_more_classes_leave_more_on_the_disk() -> None:
     """Four classes leave their checkpoints and models behind, and write one at a time."""
     one, four = (
