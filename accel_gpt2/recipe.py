@@ -265,8 +265,6 @@ def _unknown_keys(values: Mapping[str, object]) -> list[str]:
 def _validated(
     values: Mapping[str, object], origins: Mapping[str, str]
 ) -> tuple[TrainRecipe | None, list[str]]:
-    from pydantic import ValidationError
-
     unreadable = [
         f"{key} = {value!r} (from {origins[key]}): it holds a character that no name has; leave "
         "out NUL and bytes that are not UTF-8."
@@ -276,14 +274,12 @@ def _validated(
     if unreadable:
         return None, unreadable
     read: dict[str, Any] = dict(values)
-    problems = []
-    # Defaults are as they should be, and a reader for each of them would take longer than a plan.
-    for key in (key for key in values if origins[key] != "default"):
-        try:
-            # As JSON, because only there strict reading takes a list for a tuple.
-            read[key] = _strict_reader(key).validate_json(json.dumps(values[key]))
-        except ValidationError as error:
-            problems += [_sentence(key, dict(x), origins) for x in error.errors()]
+    problems: list[str] = []
+    # Defaults are as they should be; to make a reader for each would take longer than to plan.
+    for key, value in values.items():
+        if origins[key] != "default" and not _is_plain(key, value):
+            read[key], complaints = _strictly_read(key, value, origins)
+            problems += complaints
     if problems:
         return None, problems
     recipe = TrainRecipe(**read)
@@ -307,12 +303,34 @@ def _strings(value: object) -> Iterator[str]:
 _LONGEST_NAME = 4096  # of a path, on most systems
 
 
+def _is_plain(key: str, value: object) -> bool:
+    """Whether a value needs no reader: text where any text is right, a switch, a choice's word."""
+    kind = _kinds()[key]
+    if typing.get_origin(kind) is Literal:
+        return isinstance(value, str) and value in typing.get_args(kind)
+    return kind in (str, bool) and type(value) is kind
+
+
+def _strictly_read(key: str, value: object, origins: Mapping[str, str]) -> tuple[object, list[str]]:
+    from pydantic import ValidationError
+
+    try:
+        # As JSON, because only there strict reading takes a list for a tuple.
+        return _strict_reader(key).validate_json(json.dumps(value)), []
+    except ValidationError as error:
+        return None, [_sentence(key, dict(problem), origins) for problem in error.errors()]
+
+
+@functools.cache
+def _kinds() -> Mapping[str, Any]:
+    return typing.get_type_hints(TrainRecipe, include_extras=True)
+
+
 @functools.cache
 def _strict_reader(key: str) -> "TypeAdapter[Any]":
     from pydantic import ConfigDict, TypeAdapter
 
-    kind = typing.get_type_hints(TrainRecipe, include_extras=True)[key]
-    return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
+    return TypeAdapter(_kinds()[key], config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 def _sentence(key: str, problem: dict[str, Any], origins: Mapping[str, str]) -> str:

@@ -4,10 +4,6 @@ import os
 import re
 from pathlib import Path
 
-from accel_gpt2.classify.aside import is_trained, make_way
-from accel_gpt2.classify.lock import LOCK_FILE, OWNER_FILE, check_free
-from accel_gpt2.classify.spending import SPENT
-from accel_gpt2.classify.status import STATUS_FILE
 from accel_gpt2.durable import make_directory, write_text
 from accel_gpt2.errors import UsageError, UserError
 from accel_gpt2.recipe import (
@@ -20,9 +16,6 @@ from accel_gpt2.recipe import (
 )
 
 RECIPE_FILE = "recipe.yaml"
-
-# What a start puts there before the recipe.
-_OF_A_START = frozenset({LOCK_FILE, OWNER_FILE, STATUS_FILE, SPENT})
 
 
 def default_run_directory(recipe: TrainRecipe) -> Path:
@@ -50,6 +43,8 @@ def prepare_run_directory(run_directory: Path, recipe: TrainRecipe, *, resume: s
         UserError: when the path is taken by something else, when a trainer is at work in it, or
             when the run in it was started with other values that change the result.
     """
+    from accel_gpt2.classify.aside import make_way
+
     check_run_directory(run_directory, recipe, resume=resume)
     make_way(run_directory, resume=resume)
     try:
@@ -70,14 +65,21 @@ def check_run_directory(
     Args:
         heir_of: the process that started this one, and prepared the directory for it.
     """
+    # Here, because a plan asks for a directory's name and for nothing else.
+    from accel_gpt2.classify.aside import is_trained
+    from accel_gpt2.classify.lock import LOCK_FILE, OWNER_FILE, check_free
+    from accel_gpt2.classify.spending import SPENT
+    from accel_gpt2.classify.status import STATUS_FILE
+
     # os.path, because to pathlib a name that is too long is an error and not an answer.
     if os.path.exists(run_directory) and not os.path.isdir(run_directory):
         raise UsageError(f"{run_directory} is a file; give another --output-dir.")
     check_free(run_directory, heir_of=heir_of)
     recipe_path = run_directory / RECIPE_FILE
     if not os.path.exists(recipe_path):
+        before_the_recipe = {LOCK_FILE, OWNER_FILE, STATUS_FILE, SPENT}  # what a start puts there
         if os.path.isdir(run_directory) and any(
-            path.name not in _OF_A_START for path in run_directory.iterdir()
+            path.name not in before_the_recipe for path in run_directory.iterdir()
         ):
             raise UsageError(
                 f"{run_directory} holds files and no {RECIPE_FILE}: it is not a run directory. "

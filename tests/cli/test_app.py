@@ -73,6 +73,43 @@ def test_what_only_talks_loads_nothing_heavy(tmp_path: Path, arguments: list[str
     assert ended.stderr.splitlines()[-1] == "loaded"
 
 
+PLANNED = """
+import sys
+from accel_gpt2.cli.app import main
+try:
+    main()
+finally:
+    print(*sys.modules, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "absent", "at_most"),
+    [
+        (["--version"], {"typer", "rich", "accel_gpt2.recipe"}, 12),
+        (["plan", "--profile", "rtx4070ti", "--json"], {"rich", "accel_gpt2.plan.table"}, 60),
+        (["plan", "--profile", "rtx4070ti"], {"jinja2", "accel_gpt2.plan.table"}, 60),
+    ],
+)
+def test_a_verb_loads_itself_alone(
+    tmp_path: Path, arguments: list[str], absent: set[str], at_most: int
+) -> None:
+    """No other verb's modules, nor what only training, clouds or costs need; and few of our own."""
+    ended = subprocess.run(
+        [sys.executable, "-c", PLANNED, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = set(ended.stderr.splitlines()[-1].split())
+    assert not loaded & absent
+    others = {f"accel_gpt2.cli.{verb}" for verb in VERBS} - {f"accel_gpt2.cli.{arguments[0]}"}
+    heavy = {"accel_gpt2.cli.launcher", "accel_gpt2.classify.lock", "accel_gpt2.plan.cost", *HEAVY}
+    assert not loaded & (others | heavy)
+    assert sum(name.startswith("accel_gpt2") for name in loaded) <= at_most
+
+
 def test_help_is_there_before_one_waits(tmp_path: Path) -> None:
     """`--help` in under half a second of processor time, in the best of three."""
 

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from accel_gpt2.catalog.models import MODELS
-from accel_gpt2.catalog.profiles import PROFILES
-from accel_gpt2.catalog.strategies import STRATEGIES
+from accel_gpt2.catalog.models import MODELS, ModelSpec
+from accel_gpt2.catalog.profiles import PROFILES, HardwareProfile
+from accel_gpt2.catalog.strategies import STRATEGIES, ShardingStrategy
 from accel_gpt2.errors import UsageError
 from accel_gpt2.plan.candidates import CHOICES, RESULT_CHOICES, Preference
+from accel_gpt2.plan.memory import MemoryPlan, plan_memory
 from accel_gpt2.plan.search import Option, RunPlan, plan_run
-from accel_gpt2.recipe import Layer, assignments_layer, parse_value, resolve
+from accel_gpt2.recipe import Layer, TrainRecipe, assignments_layer, parse_value, resolve
 
 # Whatever this version trains.
 
@@ -352,3 +353,28 @@ def test_what_steps_on_the_host_is_a_last_resort_unless_it_is_asked_for() -> Non
     assert asked.recommended is not None
     assert asked.recommended.strategy.name == "zero2_offload"
     assert asked.recommended.level == 0
+
+
+def test_few_candidates_are_planned() -> None:
+    """A plan takes as long as its candidates do, and none is larger than one that does not fit."""
+    calls = 0
+
+    def counted(
+        recipe: TrainRecipe,
+        spec: ModelSpec,
+        machine: HardwareProfile,
+        strategy: ShardingStrategy,
+        *,
+        longest_tokens: int,
+    ) -> MemoryPlan:
+        nonlocal calls
+        calls += 1
+        return plan_memory(recipe, spec, machine, strategy, longest_tokens=longest_tokens)
+
+    asked, machines = [layer(model="gpt2-xl")], PROFILES["2x-rtx4070ti"]
+    quick = plan_run(asked, machines, depth="some", memory_of=counted)
+    assert 50 < calls <= 160
+    whole = plan_run(asked, machines, depth="all")
+    assert quick.recommended is not None
+    assert quick.recommended == whole.recommended
+    assert len(quick.rejected) < len(whole.rejected)
