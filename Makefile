@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test test-cloud torture check gpu-check format clean
+.PHONY: setup demo test test-cloud torture check gpu-check bench format clean
 
 setup: $(INSTALLED)
 
@@ -52,6 +52,29 @@ check: setup
 gpu-check: setup
 	$(BIN)/python -m pytest --override-ini addopts="-ra --import-mode=importlib" tests/gpu
 	$(BIN)/python benchmarks/memory_on_gpu.py
+
+# Beside what a person would run instead: trainings, scoring and start-up, on a quiet machine; pages
+# go to docs/benchmarks/. The peers want versions of small packages that we do not, so they get an
+# environment of their own that sees ours. BENCH_DATA=FOLDER has real texts, ag_news/ and imdb/;
+# NANOGPT=FOLDER a copy of nanoGPT, which nobody can install.
+BENCH_VENV ?= build/bench-venv
+BENCH_BIN := $(BENCH_VENV)/bin
+BENCH_DATA ?=
+NANOGPT ?=
+PEERS := trl==1.16.0 litgpt==0.5.13 lm_eval==0.4.13 lightning==2.6.6 lightning-utilities==0.15.3 \
+	torchmetrics==1.9.0 jsonargparse==4.53.0 docstring-parser==0.18.0 typeshed-client==2.14.0 \
+	importlib_resources==7.1.0
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+bench: setup
+	[ -x $(BENCH_BIN)/python ] || $(PYTHON) -m venv $(BENCH_VENV)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" \
+		> "$$($(BENCH_BIN)/python $(PURELIB))/ours.pth"
+	$(BENCH_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(PEERS)
+	$(BENCH_BIN)/python benchmarks/training_peers.py $(if $(BENCH_DATA),--data $(BENCH_DATA)) \
+		$(if $(NANOGPT),--nanogpt $(NANOGPT))
+	OMP_NUM_THREADS=1 $(BENCH_BIN)/python benchmarks/scoring_peers.py \
+		$(if $(BENCH_DATA),--data $(BENCH_DATA))
+	$(BIN)/python benchmarks/start_up.py
 
 format: setup
 	$(BIN)/ruff format .
