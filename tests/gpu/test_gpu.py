@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 
 from accel_gpt2.classify.evaluate import evaluate_run
 from accel_gpt2.classify.fit import fit
+from accel_gpt2.classify.side_by_side import WORTHWHILE
+from accel_gpt2.classify.status import read_classes
 from accel_gpt2.errors import StoppedEarly, UserError
 from accel_gpt2.recipe import Layer, resolve
 from accel_gpt2.train.causal import LanguageModel
@@ -125,6 +128,40 @@ def test_a_collapsing_loss_scale_is_explained(
     resolved = resolve_tiny(texts_file, mixed_precision="fp16", epochs=20.0)
     with pytest.raises(UserError, match=r"fp16's loss scale fell to 0\.5 .*bf16"):
         fit(resolved, tmp_path / "run", quiet=True)
+
+
+def test_a_class_on_each_gpu_is_what_one_after_another_is(texts_file: Path, tmp_path: Path) -> None:
+    """Three classes on two cards, each child seeing one: the losses of one card."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU: a class on each of several cannot be seen")
+    changes: dict[str, Any] = {"mixed_precision": "bf16", "profile": "auto"}
+    fit(resolve_tiny(texts_file, **changes), tmp_path / "alone", quiet=True)
+    fit(resolve_tiny(texts_file, placement="per-gpu", **changes), tmp_path / "placed", quiet=True)
+    np.testing.assert_allclose(_losses(tmp_path / "placed"), _losses(tmp_path / "alone"), rtol=2e-3)
+    processes = {status.process for status in read_classes(tmp_path / "placed")}
+    assert len(processes) == 3
+
+
+def test_side_by_side_on_one_gpu_is_measured(
+    texts_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whether it is kept or given up, by the speed on this card, the models are trained."""
+    resolved = resolve_tiny(
+        texts_file,
+        placement="concurrent",
+        model="gpt2-mini",
+        mixed_precision="bf16",
+        epochs=400.0,  # longer than the others take to start
+    )
+    fit(resolved, tmp_path / "run", quiet=True)
+    found = re.search(
+        r"training is (\d+\.\d\d) times as fast as one after another(: it goes on so|, less than)",
+        capfd.readouterr().err,
+    )
+    assert found is not None
+    speedup, verdict = float(found[1]), found[2]
+    assert (speedup >= WORTHWHILE) == (verdict == ": it goes on so")
+    assert {status.state for status in read_classes(tmp_path / "run")} == {"finished"}
 
 
 def test_evaluating_and_saving_stay_below_training(tmp_path: Path) -> None:
