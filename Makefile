@@ -48,10 +48,12 @@ check: setup
 	$(BIN)/lint-imports --no-cache
 
 # What only a GPU can show: precision, memory that really runs out, resume on the card; then what
-# plans say of memory and speed against what is measured, ten minutes, written to docs/benchmarks/.
+# plans say of memory, of the host's too, and of speed against what is measured, ten minutes, written
+# to docs/benchmarks/.
 gpu-check: setup
 	$(BIN)/python -m pytest --override-ini addopts="-ra --import-mode=importlib" tests/gpu
-	$(BIN)/python benchmarks/memory_on_gpu.py
+	$(BIN)/python benchmarks/offload_on_gpu.py --seconds 120
+	$(BIN)/python benchmarks/memory_on_gpu.py --seconds 420
 
 # Beside what a person would run instead: trainings, scoring and start-up, on a quiet machine; pages
 # go to docs/benchmarks/. The peers want versions of small packages that we do not, so they get an
