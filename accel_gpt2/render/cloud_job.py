@@ -42,8 +42,8 @@ class CloudJob:
     where the results are to be here, `uploaded` the directory that goes to the machine. `package`
     is what the machine installs: `./package` or `.` where the sources are uploaded, or anything
     else that pip takes. `usd_per_hour` is of the whole machine, for spot with the one that brings
-    it back; `budget_usd` is for all attempts, of which earlier ones had `spent_usd`, as far as it is
-    known here.
+    it back; `budget_usd` is for all attempts, of which earlier ones had `spent_usd`, as far as it
+    is known here.
     """
 
     name: str
@@ -173,11 +173,11 @@ fi
 """
 
 
-# Kills everything that was started in the directory $1 at the time $2. It waits elsewhere, and ends
-# when the directory is gone.
+# Kills everything that was started in the directory $1, at the time that .ends_at says. It waits
+# elsewhere, and ends when the directory is gone.
 _WATCH = """\
 cd /
-while [ -d "$1" ] && [ "$(date +%s)" -lt "$2" ]; do sleep 2; done
+while [ -d "$1" ] && [ "$(date +%s)" -lt "$(cat "$1/.ends_at")" ]; do sleep 2; done
 [ -d "$1" ] || exit 0
 for process in /proc/[0-9]*; do
   case "$(readlink "$process/cwd")/" in "$1"/*) kill -KILL "${process#/proc/}" ;; esac
@@ -213,7 +213,7 @@ def _watchdog(job: CloudJob) -> str:
 cat > .watchdog <<'WATCHDOG'
 {_WATCH}{ending}\
 WATCHDOG
-setsid --fork bash .watchdog "$(pwd -P)" "$(cat .ends_at)" < /dev/null > .watchdog.log 2>&1
+setsid --fork bash .watchdog "$(pwd -P)" < /dev/null > .watchdog.log 2>&1
 """
 
 

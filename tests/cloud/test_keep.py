@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from accel_gpt2.classify.spending import note_launch, read_ledger
 from accel_gpt2.cloud.keep import copy_run
 
 
@@ -110,3 +111,18 @@ def test_it_copies_until_it_is_told_to_stop(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_ledgers_are_put_together(tmp_path: Path) -> None:
+    """What is noted in either is in both afterwards: a launch that failed here, a machine there."""
+    run, kept = tmp_path / "run", tmp_path / "kept"
+    _write(kept, RUN)
+    for folder, launch in ((run, "accel-gpt2-a-here"), (kept, "accel-gpt2-a-there")):
+        note_launch(folder, launch, seconds=600, usd_per_hour=2.0)
+    copy_run(kept, run)
+    assert [row.launch for row in read_ledger(run)] == ["accel-gpt2-a-here", "accel-gpt2-a-there"]
+    copy_run(run, kept)
+    assert read_ledger(kept) == read_ledger(run)
+    (kept / "spent.json").unlink()
+    copy_run(kept, run)
+    assert len(read_ledger(run)) == 2

@@ -265,6 +265,29 @@ def test_spot_is_a_managed_job(accel_gpt2: CommandLine, programs: Programs) -> N
     assert programs.calls[2:] == [["gcloud", "storage", "rsync", "--recursive", source, run]]
 
 
+def test_the_machine_that_brings_spot_back_is_paid_for(
+    accel_gpt2: CommandLine, programs: Programs
+) -> None:
+    """$0.20 an hour of it are in the price, the estimate and the budget; it idles ten minutes."""
+    arguments = ("--provider=gcp", "--gpu=a100-40", "--bucket=my-runs", "--hours=1", "--dry-run")
+    documents = {}
+    for name, price in {"spot": ("--spot",), "own": ("--usd-per-hour=1",)}.items():
+        spot = ("--spot",) if name == "own" else ()
+        code, out, err = accel_gpt2(*LAUNCH, *arguments, *price, *spot, "--json")
+        assert code == 0, err
+        documents[name] = json.loads(out)
+    own = documents["own"]
+    assert own["usd_per_hour"] == 1.2
+    billed_seconds = 3600 + 600 + 300
+    assert own["usd_total"] == pytest.approx(1.2 * billed_seconds / 3600 + 0.2 * 600 / 3600)
+    assert own["left_seconds"] == int(10 / 1.2 * 3600)
+    assert "max_hourly_cost: 1.0\n" in own["files"]["task.sky.yaml"]
+    assert "--set=price_usd_per_hour=1.2" in own["train_command"]
+    assert documents["spot"]["usd_per_hour"] == pytest.approx(1.293355 + 0.2)
+    _, out, _ = accel_gpt2(*LAUNCH, *arguments, "--spot")
+    assert "an hour, of it $0.20 for the machine that brings it back (" in out
+
+
 @pytest.fixture
 def cloud(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LambdaCloud]:
     """A Lambda that takes the key in the environment, in place of the real one."""

@@ -11,6 +11,7 @@ from accel_gpt2.catalog.engines import CLOUDS
 from accel_gpt2.catalog.prices import shipped_prices
 from accel_gpt2.cloud.skypilot import SKY_VERSION
 from accel_gpt2.render.cloud import is_offered, sky_files, sky_yaml
+from accel_gpt2.render.cloud_job import SKY_DOWN
 from tests.render.test_cloud import JOB, SPOT
 
 SKY_PYTHON = os.environ.get("SKY_PYTHON", "")
@@ -78,8 +79,26 @@ def test_spot_jobs_recover_and_have_their_bucket(facts: dict[str, dict[str, obje
     assert spot["spot"] is True
     assert spot["recovery"] == {
         "strategy": "FAILOVER",
-        "max_restarts_on_errors": 3,
         "recover_on_exit_codes": [75],
     }
     assert spot["mounts"] == ["/kept"]
     assert facts["job.sky.yaml"]["mounts"] == []
+
+
+def test_its_daemon_takes_a_machine_down_when_the_watchdog_says_so(tmp_path: Path) -> None:
+    """At once, whatever job is running, by the daemon's own settings; it is no stop."""
+    read = "config = lib.get_autostop_config(); print(config.autostop_idle_minutes, "
+    read += "config.wait_for.value, config.down, config.backend == backend.NAME)"
+    ended = subprocess.run(
+        [
+            SKY_PYTHON,
+            "-c",
+            f"{SKY_DOWN}\nfrom sky.backends import CloudVmRayBackend as backend\n{read}",
+        ],
+        env={**os.environ, "HOME": str(tmp_path), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.stdout.splitlines()[-1:] == ["0 none True True"], ended.stderr

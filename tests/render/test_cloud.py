@@ -54,6 +54,10 @@ def test_every_task_limits_time_and_money(name: str) -> None:
     assert "instance_type" not in resources  # SkyPilot 0.14.1 heeds no cap beside it
     assert resources["use_spot"] is False
     assert "file_mounts" not in task  # these files name nobody's bucket
+    first, *_ = [x for x in task["setup"].splitlines()[1:] if x and not x.startswith("#")]
+    seconds = int(10 / float(re.findall(r"price_usd_per_hour=([\d.]+)", task["run"])[0]) * 3600)
+    assert first == f"[ -f .ends_at ] || echo $(( $(date +%s) + {seconds - 180} )) > .ends_at"
+    assert task["setup"].index("setsid --fork bash .watchdog") < task["setup"].index("timeout")
     for script in (task["setup"], task["run"]):
         assert "timeout --signal=TERM --kill-after=" in script
     assert "--budget-usd=10" in task["run"]
@@ -65,7 +69,9 @@ def test_only_what_can_recover_is_spot_and_only_buckets_are_mounted() -> None:
     """A spot job goes on after a preemption and after exit code 75, from its bucket."""
     task = yaml.safe_load(sky_yaml(SPOT))
     assert task["resources"]["use_spot"] is True
-    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+    recovery = {"strategy": "FAILOVER", "recover_on_exit_codes": [75]}  # not when money is gone
+    assert task["resources"]["job_recovery"] == recovery
+    assert task["resources"]["max_hourly_cost"] == 1.79  # without the machine that brings it back
     assert task["file_mounts"] == {
         "/kept": {"name": "my-runs", "store": "gcs", "mode": "MOUNT_CACHED"}
     }
@@ -89,6 +95,15 @@ def test_time_is_what_the_budget_pays_for() -> None:
     assert later.left_seconds == int(6 / 1.99 * 3600)
     assert JOB.grace_seconds == 120
     assert dataclasses.replace(JOB, budget_usd=0.5).grace_seconds == 18  # 2% of 904 s
+
+
+def test_a_machine_ends_itself_when_the_budget_does() -> None:
+    """Its clock starts after booting; the server ends a job of Hugging Face's."""
+    assert JOB.alive_seconds == 18090 - 180
+    assert dataclasses.replace(JOB, spent_usd=9.99).alive_seconds == 60
+    assert SPOT.unseen_seconds == 180 + 5 * 60 + round(600 * 0.20 / 1.99)
+    assert ".watchdog" not in setup_script(HF)
+    assert "shutdown" not in setup_script(dataclasses.replace(JOB, cloud=CLOUDS["local"]))
 
 
 def test_the_server_of_hf_jobs_ends_a_job_too() -> None:
