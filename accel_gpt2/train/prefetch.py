@@ -1,9 +1,10 @@
 """The next batches are made while the device computes, and what it computed is read late."""
 
-from collections import deque
+import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -25,17 +26,34 @@ def ahead(items: Iterator[_Item], *, depth: int = _AHEAD) -> Iterator[_Item]:
     """The same items in the same order, made by a thread up to `depth` of them before their time.
 
     What making an item raises is raised in its place. The thread ends with the last item, or when
-    this iterator is closed or forgotten.
+    this iterator is closed or forgotten; nobody waits for it, even at the end of the process, since
+    a disk may be why a training is given up.
 
     >>> list(ahead(iter("abc")))
     ['a', 'b', 'c']
     """
     end: Any = object()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as thread:
-        made: deque[Future[Any]] = deque(thread.submit(next, items, end) for _ in range(depth))
-        while (item := made.popleft().result()) is not end:
-            made.append(thread.submit(next, items, end))
+    room = threading.Semaphore(depth)
+    closed = threading.Event()
+    made: SimpleQueue[Future[Any]] = SimpleQueue()
+
+    def make() -> None:
+        while room.acquire() and not closed.is_set():
+            outcome: Future[Any] = Future()
+            try:
+                outcome.set_result(next(items, end))
+            except BaseException as error:  # also an exit, which is the loop's to make
+                outcome.set_exception(error)
+            made.put(outcome)
+
+    threading.Thread(target=make, name="prefetch", daemon=True).start()
+    try:
+        while (item := made.get().result()) is not end:
+            room.release()
             yield item
+    finally:
+        closed.set()
+        room.release()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

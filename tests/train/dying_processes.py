@@ -34,7 +34,6 @@ import accel_gpt2.classify.evaluate
 import accel_gpt2.classify.fit
 import accel_gpt2.classify.scores
 import accel_gpt2.train.loop
-import accel_gpt2.train.prefetch
 from accel_gpt2.classify.lock import hold
 from accel_gpt2.cli.train import launched_main
 from accel_gpt2.errors import UserError
@@ -61,7 +60,7 @@ class Death:
 
 PLACES: dict[str, tuple[Any, str]] = {
     "loading": (accel_gpt2.classify.fit, "prepare_data"),
-    "step": (accel_gpt2.train.prefetch, "split_micro_batches"),
+    "step": (accel_gpt2.train.loop, "learning_rate_at"),
     "evaluation": (accel_gpt2.train.loop, "score_documents"),
     "saving": (accel_gpt2.train.loop, "save_checkpoint"),
     "scoring": (accel_gpt2.classify.scores, "score_documents"),

@@ -57,12 +57,17 @@ def test_what_goes_wrong_ahead_is_raised_in_its_place() -> None:
 def test_the_thread_ends_with_whom_it_works_for() -> None:
     """Closed in the middle, or forgotten, the iterator leaves no thread behind."""
     before = set(threading.enumerate())
-    closed, forgotten = (ahead(iter(range(100))) for _ in range(2))
-    assert next(closed) == next(forgotten) == 0
-    assert len(set(threading.enumerate()) - before) == 2
+    closed, forgotten, finished = (ahead(iter(range(10))) for _ in range(3))
+    assert next(closed) == next(forgotten) == next(finished) == 0
+    threads = set(threading.enumerate()) - before
+    assert len(threads) == 3
     closed.close()  # type: ignore[attr-defined]
     del forgotten
-    assert set(threading.enumerate()) == before
+    assert list(finished) == [*range(1, 10)]
+    for thread in threads:
+        assert thread.daemon
+        thread.join(timeout=30)
+        assert not thread.is_alive()
 
 
 def test_an_awaited_number_is_what_the_device_computed() -> None:
