@@ -36,7 +36,10 @@ def check(directory: _Directory = Path(), debug: DebugOption = False) -> None:
     """Say which files `configs write` would change; exit code 1 if any."""
     found = differences(directory)
     if found:
-        raise UserError("\n".join([*found, "Write them again by `accel-gpt2 configs write`."]))
+        where = "" if directory == Path() else f" --directory {shlex.quote(str(directory))}"
+        again = f"Write them again by `accel-gpt2 configs write{where}`."
+        raise UserError("\n".join([*found, again]))
+    say(f"{len(_committed_files(directory))} files are what the catalog's rows say.")
 
 
 @app.command()
@@ -75,13 +78,16 @@ def write_files(directory: Path, files: Mapping[str, str]) -> None:
 
 def differences(directory: Path) -> list[str]:
     """One sentence for each file below `directory` that is missing, different or one too many."""
+    from accel_gpt2.render.accelerate import config_files
+
     files = _committed_files(directory)
+    copied = config_files(directory.as_posix())  # by `configs copy`, with its own folder in them
     found = []
     for name, text in files.items():
         path = directory / name
         if not path.is_file():
             found.append(f"{path} is missing.")
-        elif path.read_bytes() != text.encode():
+        elif path.read_bytes() not in {text.encode(), copied.get(name, text).encode()}:
             found.append(f"{path} is not what the catalog's row says.")
     folders = {directory / Path(name).parent for name in files}
     there = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
