@@ -186,10 +186,9 @@ def collate(documents: Sequence[NDArray[Any]]) -> TokenBatch:
 class PackedBatch:
     """Documents one after another in a single row, shifted for next-token prediction.
 
-    `input_ids` and `position_ids` (from 0 in each document) are [1, num_tokens]; `targets`
-    [num_targets] are those of the first tokens: what comes behind them fills the row up and
-    predicts nothing. `valid` [documents, longest] is True where a document has a token, in the
-    row's order.
+    `input_ids` and `position_ids` (from 0 in each document) are [1, num_tokens], `targets`
+    [num_tokens]. `valid` [documents, longest] is True where a document has a token, in the row's
+    order. A row without documents has one token and no target.
     """
 
     input_ids: NDArray[np.int64]
@@ -198,36 +197,26 @@ class PackedBatch:
     valid: NDArray[np.bool_]
 
 
-def pack(documents: Sequence[NDArray[Any]], row_tokens: int = 0) -> PackedBatch:
-    """Put whole documents (BOS, tokens, EOS) behind one another, in a row of `row_tokens` or more.
+def pack(documents: Sequence[NDArray[Any]]) -> PackedBatch:
+    """Put whole documents (BOS, tokens, EOS) behind one another.
 
-    What is missing is filled up with documents of zeros, none of them longer than the longest, so
-    that rows of all micro batches have one shape. No document at all gives, as in `collate`, a row
-    with nothing to predict.
+    No document at all gives, as in `collate`, a row with nothing to predict.
 
-    >>> batch = pack([np.array([9, 5, 6, 9]), np.array([9, 7, 9])], row_tokens=6)
+    >>> batch = pack([np.array([9, 5, 6, 9]), np.array([9, 7, 9])])
     >>> batch.input_ids.tolist(), batch.targets.tolist()
-    ([[9, 5, 6, 9, 7, 0]], [5, 6, 9, 7, 9])
+    ([[9, 5, 6, 9, 7]], [5, 6, 9, 7, 9])
     >>> batch.position_ids.tolist(), batch.valid.sum(axis=1).tolist()
-    ([[0, 1, 2, 0, 1, 0]], [3, 2, 1])
+    ([[0, 1, 2, 0, 1]], [3, 2])
     """
-    sizes = [len(document) - 1 for document in documents]
-    longest = max(sizes, default=1)
-    missing = max(row_tokens, 1) - sum(sizes)
-    while missing > 0:
-        sizes.append(min(missing, longest))
-        missing -= sizes[-1]
-    input_ids = np.zeros((1, sum(sizes)), dtype=np.int64)
-    position_ids = np.concatenate([np.arange(size) for size in sizes])[None]
-    targets = np.zeros(sum(len(document) - 1 for document in documents), dtype=np.int64)
-    start = 0
-    for document in documents:
-        end = start + len(document) - 1
-        input_ids[0, start:end] = document[:-1]
-        targets[start:end] = document[1:]
-        start = end
-    valid = np.arange(longest) < np.array(sizes)[:, None]
-    return PackedBatch(input_ids=input_ids, targets=targets, position_ids=position_ids, valid=valid)
+    inputs = [document[:-1] for document in documents] or [np.zeros(1, np.int64)]
+    sizes = np.array([len(tokens) for tokens in inputs])
+    targets = [document[1:] for document in documents] or [np.zeros(0, np.int64)]
+    return PackedBatch(
+        input_ids=np.concatenate(inputs, dtype=np.int64)[None],
+        targets=np.concatenate(targets, dtype=np.int64),
+        position_ids=np.concatenate([np.arange(size) for size in sizes])[None],
+        valid=np.arange(sizes.max()) < sizes[:, None],
+    )
 
 
 def scoring_batches(lengths: NDArray[Any], *, micro_batch_tokens: int) -> list[Indices]:

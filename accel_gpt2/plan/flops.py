@@ -27,10 +27,18 @@ def train_flops_per_token(
     return (4.0 if frozen_base else 6.0) * matrices + 12.0 * n_layer * n_embd * context_tokens
 
 
-def peak_flops_per_second(gpu: GpuSpec | None, mixed_precision: str) -> float | None:
-    """The sheet's peak for a recipe's precision; None where it is not known."""
+def peak_flops_per_second(
+    gpu: GpuSpec | None, mixed_precision: str, *, tf32: bool = False
+) -> float | None:
+    """The sheet's peak for a recipe's precision; None where it is not known.
+
+    Args:
+        tf32: whether fp32 products are made in TF32, where the GPU has that.
+    """
     if gpu is None:
         return None
+    if tf32 and mixed_precision == "no" and "tf32" in gpu.peak_flops:
+        return gpu.peak_flops["tf32"]
     return gpu.peak_flops.get(
         {"no": "fp32", "pure_bf16": "bf16"}.get(mixed_precision) or mixed_precision
     )

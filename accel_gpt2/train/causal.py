@@ -23,7 +23,6 @@ class LanguageModel(TransformersModel):
     def __init__(self, model: nn.Module, loss_chunk_tokens: int) -> None:
         super().__init__(model)
         self.loss_chunk_tokens = loss_chunk_tokens
-        self.row_tokens = 0  # to which packed rows are filled up, for what wants a single shape
 
     def pack_rows(self, recipe: TrainRecipe, device: torch.device) -> None:
         self.packed = rows_are_packed(recipe, self.transformers_model, device)
@@ -95,7 +94,7 @@ class LanguageModel(TransformersModel):
         self, documents: Sequence[NDArray[Any]], labels: NDArray[np.int64], *, epoch: int
     ) -> Batch:
         if self.packed:
-            return packed_arrays(pack(documents, self.row_tokens))
+            return packed_arrays(pack(documents))
         return arrays(collate(documents))
 
     def score(self, documents: Sequence[NDArray[Any]], device: torch.device) -> Tensor:

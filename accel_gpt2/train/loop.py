@@ -1,5 +1,6 @@
 """The training loop of one model: long and flat, so that a whole step can be read at once."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -18,6 +19,7 @@ from accel_gpt2.catalog.gpus import GpuSpec
 from accel_gpt2.data.batching import Indices
 from accel_gpt2.data.tokenized import TokenizedDocuments
 from accel_gpt2.errors import UserError
+from accel_gpt2.plan.compiling import plan_compiling
 from accel_gpt2.plan.flops import peak_flops_per_second
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.backend import Backend, MicroBatch, build_backend
@@ -32,6 +34,7 @@ from accel_gpt2.train.checkpoint import (
     save_checkpoint,
     write_array,
 )
+from accel_gpt2.train.compiling import as_written, compile_blocks, compiled_seconds, is_compiled
 from accel_gpt2.train.manifest import is_whole
 from accel_gpt2.train.memory import fitting_micro_batch_tokens
 from accel_gpt2.train.nonfinite import (
@@ -47,11 +50,12 @@ from accel_gpt2.train.nonfinite import (
 from accel_gpt2.train.objective import TrainedModel
 from accel_gpt2.train.optim import learning_rate_at, optimizer_state_bytes
 from accel_gpt2.train.prefetch import Awaited, ahead, micro_batches_from
-from accel_gpt2.train.processes import gather_objects, on_first_process
+from accel_gpt2.train.processes import current_strategy, gather_objects, on_first_process
 from accel_gpt2.train.progress import TrainProgress, describe_step
 from accel_gpt2.train.schedule import BatchSchedule
 from accel_gpt2.train.scoring import score_documents
 from accel_gpt2.train.stopping import StopRequest
+from accel_gpt2.train.tf32 import products_in_tf32
 from accel_gpt2.train.throughput import StepTimer, flops_per_token, peak_memory_bytes
 
 # What a row of log.jsonl goes through: the file, the trackers.
@@ -170,7 +174,7 @@ def train_steps(
     lengths = job.documents.lengths
     schedule = job.schedule
     flops = flops_per_token(job.model, lengths, recipe)
-    peak_flops = peak_flops_per_second(gpu, recipe.mixed_precision)
+    peak_flops = peak_flops_per_second(gpu, recipe.mixed_precision, tf32=recipe.tf32)
     name = f"{job.identity.class_name} ({job.identity.class_index + 1}/{job.num_parts})"
 
     checkpoint = None if job.checkpoint is None else read_checkpoint(job.checkpoint)
@@ -212,6 +216,18 @@ def train_steps(
             f"{name}: out of memory; {micro_batch_tokens} tokens go through at once from here on, "
             "and twice as many micro batches make the same global batch"
         )
+
+    train_seconds = 0.0
+    if flops is not None and peak_flops is not None and gpu is not None:
+        steps_left = schedule.total_steps - state.step + job.later_steps(state.step)
+        step_tokens = float((lengths - 1).sum()) / len(schedule.epoch(0))
+        rate = peak_flops * gpu.training_efficiency * world_size
+        train_seconds = steps_left * step_tokens * flops / rate
+    compiling = plan_compiling(train_seconds, gpu)
+    compiled = is_compiled(recipe, current_strategy(accelerator), device, compiling)
+    if compiled:
+        num_blocks = compile_blocks(plain_model)
+        progress.say(f"{name}: torch.compile of {num_blocks} blocks; {compiling.why}")
 
     backend.model.train()
     stepped_here = [x for x in backend.parameters if x.device.type == device.type]  # not offloaded
@@ -315,7 +331,7 @@ def train_steps(
                 save()  # not evaluated yet: a later start begins with this evaluation
                 raise stop.error()
 
-        with backend.scoring():
+        with backend.scoring(), as_written() if compiled else contextlib.nullcontext():
             scores = score_documents(
                 plain_model,
                 job.validation,
@@ -425,13 +441,14 @@ def train_steps(
             group["lr"] = learning_rate
         micro_batch_losses = []
         for prepared in micro_batches:
-            loss = yield MicroBatch(
-                backend=backend,
-                tensors=tuple(x.to(device, non_blocking=True) for x in prepared.tensors),
-                # Gradients are averaged over ranks, so their sum is world_size times that.
-                scale=world_size / prepared.batch_targets,
-                last=prepared.last,
-            )
+            with products_in_tf32(recipe):
+                loss = yield MicroBatch(
+                    backend=backend,
+                    tensors=tuple(x.to(device, non_blocking=True) for x in prepared.tensors),
+                    # Gradients are averaged over ranks, so their sum is world_size times that.
+                    scale=world_size / prepared.batch_targets,
+                    last=prepared.last,
+                )
             micro_batch_losses.append(MicroBatchLoss(documents=prepared.documents, loss=loss))
             if prepared.last:
                 break
@@ -497,6 +514,16 @@ def train_steps(
         if every is not None and state.step % every == 0 and not evaluation_due():
             save()
         stop.reserve(step_seconds + save_seconds)
+    if compiled:
+        log(
+            {
+                "event": "compile",
+                **_where(job.identity, state, schedule),
+                "seconds": compiled_seconds(),
+                "expected_seconds": compiling.seconds,
+                "expected_saved_seconds": compiling.saved_seconds,
+            }
+        )
     # Beside others, neither its speed nor what the device holds is its own.
     alone = recipe.placement not in {"concurrent", "shared-base"}
     if accelerator.is_main_process and alone:

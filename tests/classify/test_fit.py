@@ -113,16 +113,23 @@ def test_a_second_start_trains_nothing(
 
 
 def test_small_micro_batches_equal_one_large_one(texts_file: Path, tmp_path: Path) -> None:
-    """Accumulating over micro batches trains the same model as the global batch at once."""
-    for name, tokens in (("large", 4096), ("small", 24)):
+    """Accumulating over micro batches trains the same model as the global batch at once, and so do
+    packed rows."""
+    changes: dict[str, dict[str, Any]] = {
+        "large": {"micro_batch_tokens": 4096},
+        "small": {"micro_batch_tokens": 24},
+        "packed": {"micro_batch_tokens": 50, "packing": "on"},
+    }
+    for name, change in changes.items():
         fit(
-            resolve_tiny(texts_file, micro_batch_tokens=tokens, **ROUNDING_STAYS_SMALL),
+            resolve_tiny(texts_file, **change, **ROUNDING_STAYS_SMALL),
             tmp_path / name,
             quiet=True,
         )
-    assert_close_models(tmp_path / "small", tmp_path / "large", rtol=1e-5)
-    small, large = (np.array([x[2] for x in losses(tmp_path / n)]) for n in ("small", "large"))
-    np.testing.assert_allclose(small, large, rtol=1e-5)
+    large = np.array([x[2] for x in losses(tmp_path / "large")])
+    for name in ("small", "packed"):
+        assert_close_models(tmp_path / name, tmp_path / "large", rtol=1e-5)
+        np.testing.assert_allclose([x[2] for x in losses(tmp_path / name)], large, rtol=1e-5)
 
 
 def test_lora_on_a_pretrained_directory(
