@@ -171,13 +171,15 @@ def _check_positions(config: Any, recipe: TrainRecipe) -> None:
 def _wrap(
     model: Any,
     recipe: TrainRecipe,
-    tokens: _Tokens,
+    tokens: _Tokens | None,
     *,
     estimator: PllEstimator | None = None,
 ) -> TransformersModel:
-    """The model with the loss and the scores of the recipe's objective."""
+    """The model with the loss and the scores of the recipe's objective; a causal LM needs no
+    tokens."""
     match recipe.objective:
         case "masked_lm":
+            assert tokens is not None
             return MaskedLanguageModel(
                 model,
                 mask_token_id=_needed(tokens.mask_token_id, "mask", recipe),
@@ -195,6 +197,7 @@ def _wrap(
             is_encoder = not hasattr(base, "score")
             pad = base.config.pad_token_id  # by which a decoder finds a document's last token
             if is_encoder:
+                assert tokens is not None
                 pad = _needed(tokens.pad_token_id, "pad", recipe)
             return DocumentClassifier(model, pad_token_id=pad, is_encoder=is_encoder)
         case _:
@@ -230,7 +233,9 @@ def load_final(
         UserError: when a file of it is missing or has changed, or the base cannot be had.
     """
     verify(directory)
-    tokens = _final_tokens(directory)
+    # GPT-2's tokenizer takes half a second to read, for each class.
+    reads_tokens = recipe.objective in {"masked_lm", "classification"}
+    tokens = _final_tokens(directory) if reads_tokens else None
     with _readable(f"model in {directory}"):
         if is_adapter(directory):
             from peft import PeftModel
