@@ -41,13 +41,15 @@ _CUDA_PROCESS_BYTES = 1800 * MIB
 class StateSizes:
     """What a training keeps, whole: weights, trained weights and optimizer state, in bytes.
 
-    `final_bytes` are those of the exported model, or of its adapter. `paged_bytes` of the optimizer
-    state lie in memory that the driver moves between GPU and host; `gathered_bytes` are those of a
-    checkpoint that the first process puts together from shares.
+    `num_trained` counts the trained weights, and `final_bytes` are those of the exported model, or
+    of its adapter. `paged_bytes` of the optimizer state lie in memory that the driver moves between
+    GPU and host; `gathered_bytes` are those of a checkpoint that the first process puts together
+    from shares.
     """
 
     parameters_bytes: int
     trained_bytes: int
+    num_trained: int
     optimizer_bytes: int
     final_bytes: int
     paged_bytes: int = 0
@@ -166,12 +168,11 @@ def _host(
     if strategy.offloads_optimizer:
         # Master weights and gradients in fp32, and what gradients are added up in:
         # deepspeed/runtime/zero, cpu_offload.
-        trained = sizes.trained_bytes // 2
-        sums = 4 if strategy.sums_bf16_in_fp32 else 2
+        sums = 4 if strategy.sums_bf16_in_fp32 else sizes.trained_bytes // sizes.num_trained
         terms.append(
             MemoryTerm(
                 name="offloaded optimizer",
-                bytes=sizes.optimizer_bytes + trained * (4 + 4 + sums),
+                bytes=sizes.optimizer_bytes + sizes.num_trained * (4 + 4 + sums),
                 why=f"state, fp32 weights, fp32 gradients, and {sums} bytes each for their sums",
             )
         )
@@ -180,7 +181,7 @@ def _host(
             MemoryTerm(
                 name="offloaded parameters",
                 bytes=sizes.parameters_bytes,
-                why="pinned, in 16 bits",
+                why="pinned",
             )
         )
     return tuple(terms)

@@ -152,10 +152,9 @@ def _paged_bytes(optimizer: Optimizer, shapes: Shapes, bf16: bool) -> float:
 
 
 def _deepspeed_buckets(step: Gpt2Step) -> MemoryTerm:
-    # Two, so that one is filled while the other is exchanged: overlap_comm.
+    # Two: one is filled while the other is exchanged (overlap_comm). Stage 3 has one to fill, and
+    # as much of the weights ahead (stage3_prefetch_bucket_size).
     elements = 2 * step.strategy.bucket_elements
-    if step.strategy.zero_stage == 3:
-        elements += step.strategy.bucket_elements  # stage3_prefetch_bucket_size
     # Stage 1 exchanges the sums of all micro batches, the others each one's gradients.
     width = 4 if step.strategy.zero_stage == 1 else step.weight
     return term("exchange buckets", elements * width, f"{elements:,} x {width} bytes")
@@ -172,6 +171,7 @@ def sizes(step: Gpt2Step) -> StateSizes:
     return StateSizes(
         parameters_bytes=whole,
         trained_bytes=trained,
+        num_trained=step.num_trained,
         optimizer_bytes=round(optimizer_state_bytes(step)),
         paged_bytes=round(paged_bytes(step)),
         gathered_bytes=round(gathered),
@@ -218,7 +218,12 @@ def gathered(step: Gpt2Step, *, blocks: int) -> list[MemoryTerm]:
 
 
 def exchanged(step: Gpt2Step, *, blocks: int) -> list[MemoryTerm]:
-    """FSDP2's whole gradients of a block, or of what is none, on their way into shares."""
+    """Whole gradients on their way into shares: of a block, or of what is none, under FSDP2, and a
+    copy of the full bucket under ZeRO-3."""
+    if step.strategy.zero_stage == 3:
+        elements = step.strategy.bucket_elements  # coalesced_collectives.py: torch.cat
+        why = f"{elements:,} x {step.weight} bytes"
+        return [term("exchanged gradients", elements * step.weight, why)]
     if step.strategy.backend != "fsdp2" or not step.full:
         return []
     d = step.model.n_embd

@@ -54,6 +54,7 @@ def plan_traced(
         tuple(_phase(name, traced, exchanges=exchanges) for name in traced.phases),
         StateSizes(
             parameters_bytes=traced.parameters_bytes,
+            num_trained=traced.num_trained_parameters,
             trained_bytes=traced.gradients_bytes,  # one gradient, of its type, for each
             optimizer_bytes=traced.optimizer_bytes,
             final_bytes=(

@@ -21,7 +21,7 @@ from accel_gpt2.plan.memory import (
     micro_batch,
     plan_memory,
 )
-from accel_gpt2.recipe import TrainRecipe
+from accel_gpt2.recipe import MixedPrecision, TrainRecipe
 from accel_gpt2.units import GIB
 
 ONE_CARD = PROFILES["rtx4070ti"]
@@ -334,6 +334,30 @@ def test_zero_adds_bf16_gradients_up_in_fp32() -> None:
         for name in ("zero2_offload", "zero3_offload")
     }
     assert host["zero3_offload"] - host["zero2_offload"] == 2 * num_parameters
+
+
+def test_zero_3_copies_a_bucket_only_while_it_exchanges_it() -> None:
+    """Two buckets at the loss, one to fill and one of weights ahead; three in the backward pass."""
+    plan = _plan(
+        TrainRecipe(mixed_precision="bf16"), profile=PROFILES["2x-rtx4070ti"], strategy="zero3"
+    )
+    bucket = 2 * STRATEGIES["zero3"].bucket_elements
+    assert _bytes(plan, "loss backward", "exchange buckets") == 2 * bucket
+    assert _bytes(plan, "block backward", "exchange buckets") == 2 * bucket
+    assert _bytes(plan, "block backward", "exchanged gradients") == bucket
+    at_loss = next(phase for phase in plan.phases if phase.name == "loss backward")
+    assert "exchanged gradients" not in {term.name for term in at_loss.terms}
+
+
+@pytest.mark.parametrize(("precision", "width"), [("no", 4), ("bf16", 2)])
+def test_offload_keeps_state_weights_and_gradients_of_each_parameter_on_the_host(
+    precision: MixedPrecision, width: int
+) -> None:
+    """8 bytes of AdamW's moments, 4 + 4 in fp32, and a gradient as wide as the model's weights."""
+    recipe = TrainRecipe(mixed_precision=precision)
+    plan = _plan(recipe, profile=PROFILES["2x-rtx4070ti"], strategy="zero2_offload")
+    (offloaded,) = (x.bytes for x in plan.host if x.name == "offloaded optimizer")
+    assert offloaded == (8 + 4 + 4 + width) * _shape().num_parameters
 
 
 def test_more_classes_leave_more_on_the_disk() -> None:
