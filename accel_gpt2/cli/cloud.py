@@ -60,6 +60,8 @@ def status(
             for launch, standing in zip(launches, standings, strict=True)
         ]
         print_json({"launches": rows})
+    elif not launches:
+        say("Nothing was launched yet.")
     else:
         print_table(
             {"Name": "left", "Machine": "left", "$/h": "right", "Until": "left", "State": "left"},
