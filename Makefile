@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test test-cloud torture check gpu-check bench format clean
+.PHONY: setup demo test test-cloud torture check gpu-check bench gpu-bench format clean
 
 setup: $(INSTALLED)
 
@@ -77,6 +77,12 @@ bench: setup
 	OMP_NUM_THREADS=1 $(BENCH_BIN)/python benchmarks/scoring_peers.py \
 		$(if $(BENCH_DATA),--data $(BENCH_DATA))
 	$(BIN)/python benchmarks/start_up.py
+
+# Our training beside Trainer's and nanoGPT's on a GPU, and where a step's time goes: ten minutes,
+# written to docs/benchmarks/. NANOGPT is a folder with a copy of nanoGPT; without it that is left
+# out.
+gpu-bench: setup
+	$(BIN)/python benchmarks/gpu_bench.py $(if $(NANOGPT),--nanogpt $(NANOGPT))
 
 format: setup
 	$(BIN)/ruff format .

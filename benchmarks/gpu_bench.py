@@ -1,0 +1,798 @@
+"""Training speed on a GPU beside what a user would run instead, and where our step spends its time.
+
+    python benchmarks/gpu_bench.py [--seconds 540] [--nanogpt FOLDER] [--output docs/benchmarks]
+    python benchmarks/gpu_bench.py --device cpu --sizes tiny          # a rehearsal without a GPU
+
+A table of trainings, the most telling ones first: document tokens per second (padding does not
+count), MFU by the sheet's peak, and peak of allocated memory, ours by its own loop against
+`transformers.Trainer` (padded, grouped by length, flattened) and nanoGPT, eager and compiled, with
+random weights, 8,192 tokens a step, bf16, AdamW, clipping and no dropout on all sides. First the
+losses of ours and of transformers on the same batch and weights are compared. It needs no network,
+stops in time, says what is left out, and writes after every row. Where the package is not
+installed, it runs from the repository with PYTHONPATH=. and, beside torch, transformers, accelerate
+and peft, the wheels of annotated-types, pydantic and rich.
+
+Exit code 1 when a bar is missed or losses differ.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from accel_gpt2.catalog.datasets import DATASETS
+from accel_gpt2.catalog.gpus import GpuSpec, find_gpu
+from accel_gpt2.catalog.models import MODELS, ModelSpec
+from accel_gpt2.data.tokenized import TokenizedDocuments
+from accel_gpt2.plan.flops import peak_flops_per_second, train_flops_per_token
+from accel_gpt2.recipe import Finetuning, TrainRecipe
+from accel_gpt2.trace.step import autocast
+from accel_gpt2.train.causal import LanguageModel
+from accel_gpt2.train.checkpoint import Identity
+from accel_gpt2.train.loop import ClassTraining, train_steps
+from accel_gpt2.train.model import build_model
+from accel_gpt2.train.objective import to_device
+from accel_gpt2.train.processes import build_accelerator
+from accel_gpt2.train.progress import TrainProgress
+from accel_gpt2.train.schedule import BatchSchedule
+from accel_gpt2.train.stopping import StopRequest
+from accel_gpt2.units import GIB, MIB
+
+Side = Literal["ours", "Trainer padded", "Trainer grouped", "Trainer flattened", "nanoGPT"]
+
+LEAST_SPEED_UP = 1.6  # of GPT-2 small over the eager padded Trainer
+LEAST_MFU = 0.45  # of medium and larger at 1,024 tokens
+LEAST_SHARE_AT_SHORT_LENGTHS = 0.9  # of the MFU at 1,024 tokens, at the lengths of AG News
+LARGEST_LOSS_DIFFERENCE = {"cuda": 5e-3, "cpu": 1e-4}  # relative; bf16 and fp32
+
+_WARM_UP_STEPS = 4
+_ALL_STEPS = 200  # documents for so many: grouping by length wants a pool of them
+_SEED = 0
+_LENGTHS = {"AG News": "ag_news", "IMDB": "imdb"}  # and a number: all of that length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """How large trainings are: those of the benchmark, or of its rehearsal."""
+
+    step_tokens: int
+    timed_seconds: float
+    vocab_size: int
+    longest: int
+
+    @classmethod
+    def of(cls, sizes: str) -> "Scale":
+        """By the name of `--sizes`."""
+        if sizes == "tiny":
+            return cls(step_tokens=256, timed_seconds=0.2, vocab_size=512, longest=64)
+        return cls(step_tokens=8192, timed_seconds=4.0, vocab_size=50257, longest=1024)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One training."""
+
+    side: Side
+    model: str
+    lengths: str
+    finetuning: Finetuning = "full"
+    compiled: bool = False
+
+    @property
+    def label(self) -> str:
+        """One line for a table."""
+        lora = ", LoRA" if self.finetuning == "lora" else ""
+        compiled = ", compiled" if self.compiled else ""
+        return f"{self.model}, {self.lengths}{lora}: {self.side}{compiled}"
+
+    @property
+    def accumulation(self) -> int:
+        """Micro batches of a step, the same on all sides: large models leave less memory."""
+        return {"gpt2-large": 2, "gpt2-xl": 4}.get(self.model, 1)
+
+
+def _case(side: Side, model: str, lengths: str, **options: Any) -> Case:
+    return Case(side=side, model=model, lengths=lengths, **options)
+
+
+def cases(sizes: str) -> Iterator[Case]:
+    """The most telling first."""
+    if sizes == "tiny":
+        for side in ("ours", "Trainer padded", "Trainer grouped", "Trainer flattened"):
+            yield _case(side, "gpt2-tiny", "AG News")
+        yield _case("ours", "gpt2-tiny", "64")
+        yield _case("ours", "gpt2-tiny", "AG News", finetuning="lora")
+        yield _case("nanoGPT", "gpt2-tiny", "64")
+        return
+    trainers: tuple[Side, ...] = ("Trainer padded", "Trainer grouped", "Trainer flattened")
+    for lengths in ("AG News", "1024"):
+        yield _case("ours", "gpt2", lengths)
+        yield _case("Trainer padded", "gpt2", lengths)
+    yield _case("ours", "gpt2-medium", "1024")
+    yield _case("ours", "gpt2", "AG News", compiled=True)
+    yield _case("ours", "gpt2", "1024", compiled=True)
+    yield _case("nanoGPT", "gpt2", "1024")
+    yield _case("nanoGPT", "gpt2", "1024", compiled=True)
+    yield _case("Trainer grouped", "gpt2", "AG News")
+    yield _case("Trainer flattened", "gpt2", "AG News")
+    yield _case("ours", "gpt2-medium", "1024", compiled=True)
+    yield _case("ours", "gpt2-medium", "AG News")
+    yield _case("Trainer padded", "gpt2-medium", "1024")
+    for model in ("gpt2-large", "gpt2-xl"):
+        yield _case("ours", model, "1024")
+        yield _case("ours", model, "AG News")
+        yield _case("Trainer padded", model, "1024")
+    yield _case("Trainer padded", "gpt2", "1024", compiled=True)
+    for side in ("ours", *trainers):
+        yield _case(side, "gpt2", "IMDB")
+    for model in ("gpt2", "gpt2-xl"):
+        for lengths in ("1024", "AG News"):
+            yield _case("ours", model, lengths, finetuning="lora")
+            yield _case("Trainer padded", model, lengths, finetuning="lora")
+    yield _case("ours", "gpt2-large", "1024", compiled=True)
+    yield _case("ours", "gpt2-xl", "1024", compiled=True)
+    yield _case("Trainer grouped", "gpt2", "AG News", compiled=True)
+    for model in ("gpt2-medium", "gpt2-large", "gpt2-xl"):
+        yield _case("ours", model, "IMDB")
+        yield _case("Trainer grouped", model, "AG News")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What a training measured; `note` says why there is nothing where there is nothing."""
+
+    case: Case
+    tokens_per_second: float | None
+    mfu: float | None
+    peak_bytes: int | None
+    warm_up_seconds: float
+    num_steps: int
+    note: str = ""
+
+
+def main() -> int:
+    """Measure, write the tables, and say whether the bars are held."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--sizes", choices=("all", "tiny"), default="all")
+    parser.add_argument("--seconds", type=float, default=540.0)
+    parser.add_argument("--nanogpt", type=Path, help="a folder with nanoGPT's model.py")
+    parser.add_argument(
+        "--output", type=Path, default=Path(os.environ.get("OUT", "docs/benchmarks"))
+    )
+    options = parser.parse_args()
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        os.environ.setdefault(name, "expandable_segments:True")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        say(f"torch {torch.__version__} sees no GPU; give --device cpu --sizes tiny to rehearse.")
+        return 2
+    bench = Bench(torch.device(options.device), Scale.of(options.sizes), options.nanogpt)
+    page = Page(bench, options.output)
+    started = time.monotonic()
+    todo = list(cases(options.sizes))
+    sizes = [todo[0].model] if options.sizes == "tiny" else ["gpt2", "gpt2-medium"]
+    for model in sizes:
+        page.losses[model] = bench.losses(model)
+        say(f"{model}: loss {page.losses[model][0]:.5f} ours, {page.losses[model][1]:.5f} theirs")
+    # The breakdown is of the first cases, and its time is kept free.
+    breakdowns = [x for x in todo if x.side == "ours" and x.finetuning == "full"][:3]
+    end = options.seconds - 15.0 * len(breakdowns)
+    slowest: dict[tuple[str, bool], float] = {}
+    for case in todo:
+        left = end - (time.monotonic() - started)
+        kind = (case.model, case.compiled)
+        if case.side == "nanoGPT" and options.nanogpt is None:
+            reason = "no --nanogpt folder is given"
+        elif left < max(15.0 if not case.compiled else 60.0, 1.3 * slowest.get(kind, 0.0)):
+            reason = "no time left"
+        else:
+            case_started = time.monotonic()
+            result = bench.measure(case)
+            slowest[kind] = max(slowest.get(kind, 0.0), time.monotonic() - case_started)
+            page.rows.append(result)
+            say(row(result))
+            page.write()
+            continue
+        page.left_out.append(f"{case.label}: {reason}")
+        say(f"left out: {page.left_out[-1]}")
+    for case in breakdowns:
+        if options.seconds - (time.monotonic() - started) > 15.0:
+            page.breakdowns[case.label] = bench.breakdown(case)
+            page.write()
+    say(f"wrote {page.write()}")
+    return 1 if any(not held for _, held in page.bars()) else 0
+
+
+def say(text: str) -> None:
+    """A line for who waits."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+class Clock:
+    """Tokens and seconds of the steps after the warm-up, with the device's work done at both ends.
+
+    Args:
+        wanted_seconds: a training is long enough after so many, and eight steps.
+    """
+
+    def __init__(self, device: torch.device, wanted_seconds: float) -> None:
+        self._device = device
+        self._wanted_seconds = wanted_seconds
+        self._created = time.monotonic()
+        self._started = 0.0
+        self.num_steps = -_WARM_UP_STEPS
+        self.seconds = 0.0
+        self.warm_up_seconds = 0.0
+
+    def step_is_queued(self) -> bool:
+        """Whether that was the last one that is wanted."""
+        self.num_steps += 1
+        if self.num_steps == 0:
+            synchronize(self._device)
+            self._started = time.monotonic()
+            self.warm_up_seconds = self._started - self._created
+        if self.num_steps < 8:
+            return False
+        if time.monotonic() - self._started < self._wanted_seconds and self.num_steps < 150:
+            return False
+        synchronize(self._device)
+        self.seconds = time.monotonic() - self._started
+        return True
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Bench:
+    """The device, and the sides that train on it."""
+
+    def __init__(self, device: torch.device, scale: Scale, nanogpt: Path | None) -> None:
+        self.device = device
+        self.scale = scale
+        self.nanogpt = nanogpt
+        self.gpu: GpuSpec | None = None
+        self.name = f"{platform.machine()} CPU"
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            self.gpu = find_gpu(properties.name, properties.total_memory)
+            self.name = f"{properties.name}, {properties.total_memory / GIB:.1f} GiB"
+        self.precision: Literal["no", "bf16"] = "bf16" if device.type == "cuda" else "no"
+
+    def recipe(self, case: Case) -> TrainRecipe:
+        """The recipe's defaults but for what the comparison fixes."""
+        return TrainRecipe(
+            model=case.model,
+            init="scratch",
+            dropout=0.0,
+            max_length=self.scale.longest + 1,
+            finetuning=case.finetuning,
+            global_batch_tokens=self.scale.step_tokens,
+            micro_batch_tokens=max(self.scale.longest, self.scale.step_tokens // case.accumulation),
+            mixed_precision=self.precision,
+            compile="on" if case.compiled else "off",
+            evaluate_every_steps=10**6,
+            trackers=(),
+        )
+
+    def documents(self, lengths: str) -> TokenizedDocuments:
+        """Random tokens in documents of a data set's lengths, or all of one length, which counts
+        predicted tokens."""
+        random = np.random.default_rng(_SEED)
+        wanted = _ALL_STEPS * self.scale.step_tokens
+        if lengths.isdigit():
+            sizes = np.full(wanted // int(lengths), int(lengths) + 1)
+        else:
+            tokens, counts = map(
+                np.array, zip(*DATASETS[_LENGTHS[lengths]].token_lengths, strict=True)
+            )
+            kept = np.minimum(tokens, self.scale.longest) + 1
+            weights = counts / counts.sum()
+            number = math.ceil(wanted / float((kept - 1) @ weights))
+            sizes = random.choice(kept, size=number, p=weights)
+        offsets = np.concatenate(([0], np.cumsum(sizes[:-1]))).astype(np.int64)
+        number = len(sizes)
+        return TokenizedDocuments(
+            tokens=random.integers(0, self.scale.vocab_size, sizes.sum()).astype(np.uint16),
+            offsets=offsets,
+            lengths=sizes.astype(np.int32),
+            labels=np.zeros(number, dtype=np.int64),
+            num_bytes=4 * sizes.astype(np.int64),
+            rows=np.arange(number),
+            truncated=np.zeros(number, dtype=np.bool_),
+        )
+
+    def model(self, case: Case) -> LanguageModel:
+        """Ours, with the weights of the seed."""
+        with self.device:  # random numbers are drawn there: a CPU takes a minute for the largest
+            model = build_model(
+                self.recipe(case),
+                vocab_size=self.scale.vocab_size,
+                eos_token_id=self.scale.vocab_size - 1,
+            )
+        assert isinstance(model, LanguageModel)
+        return model.to(self.device)
+
+    def stock_model(self, case: Case) -> Any:
+        """transformers' own, as its examples build it, with LoRA where that is trained."""
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        spec = self.spec(case.model)
+        config = GPT2Config(
+            vocab_size=spec.vocab_size, n_positions=spec.n_positions, n_embd=spec.n_embd,
+            n_layer=spec.n_layer, n_head=spec.n_head, resid_pdrop=0.0, embd_pdrop=0.0,
+            attn_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        torch.manual_seed(_SEED)
+        with self.device:
+            model: Any = GPT2LMHeadModel(config)
+        if case.finetuning == "lora":
+            from peft import LoraConfig, get_peft_model
+
+            recipe = self.recipe(case)
+            lora = LoraConfig(
+                r=recipe.lora_rank, lora_alpha=int(recipe.lora_alpha), fan_in_fan_out=True,
+                target_modules=["c_attn", "c_proj", "c_fc"], task_type="CAUSAL_LM",
+            )  # fmt: skip
+            model = get_peft_model(model, lora)
+        return model.to(self.device)
+
+    def spec(self, model: str) -> ModelSpec:
+        """The catalog's row, with the vocabulary of this benchmark."""
+        return dataclasses.replace(MODELS[model], vocab_size=self.scale.vocab_size)
+
+    def losses(self, model: str) -> tuple[float, float]:
+        """The mean loss of a token of the same documents, ours and transformers', same weights."""
+        case = _case("ours", model, "AG News")
+        ours, stock = self.model(case), self.stock_model(case)
+        stock.load_state_dict(ours.model.state_dict())
+        documents = self.documents("AG News")
+        ours.pack_rows(self.recipe(case), self.device)
+        batch = [documents.document(i) for i in range(16)]
+        labels = np.zeros(len(batch), dtype=np.int64)
+        num_targets = sum(len(x) - 1 for x in batch)
+        theirs = 0.0
+        with torch.no_grad(), autocast(self.recipe(case), self.device):
+            arrays = to_device(ours.collate(batch, labels, epoch=0), self.device)
+            own = float(ours(*arrays)) / num_targets
+            for document in batch:
+                ids = torch.from_numpy(document.astype(np.int64))[None].to(self.device)
+                theirs += float(stock(input_ids=ids, labels=ids).loss) * (len(document) - 1)
+        return own, theirs / num_targets
+
+    def measure(self, case: Case) -> Measured:
+        """Train for some seconds, with nothing left of what was trained before."""
+        self._forget()
+        clock = Clock(self.device, self.scale.timed_seconds)
+        documents = self.documents(case.lengths)
+        run: Callable[[Case, TokenizedDocuments, Clock], int] = {
+            "ours": self._ours,
+            "nanoGPT": self._nanogpt,
+        }.get(case.side, self._trainer)
+        try:
+            tokens = run(case, documents, clock)
+        except torch.OutOfMemoryError:
+            return Measured(
+                case=case, tokens_per_second=None, mfu=None, peak_bytes=None,
+                warm_up_seconds=0.0, num_steps=0, note="out of memory",
+            )  # fmt: skip
+        finally:
+            self._forget()
+        rate = tokens / clock.seconds
+        return Measured(
+            case=case,
+            tokens_per_second=rate,
+            mfu=self._mfu(case, documents, rate),
+            peak_bytes=self._peak,
+            warm_up_seconds=clock.warm_up_seconds,
+            num_steps=clock.num_steps,
+        )
+
+    def _mfu(self, case: Case, documents: TokenizedDocuments, rate: float) -> float | None:
+        peak = peak_flops_per_second(self.gpu, self.precision)
+        if peak is None:
+            return None
+        spec = self.spec(case.model)
+        tokens = documents.lengths.astype(np.float64) - 1
+        flops = train_flops_per_token(
+            n_layer=spec.n_layer,
+            n_embd=spec.n_embd,
+            vocab_size=spec.vocab_size,
+            context_tokens=float((tokens**2).sum() / tokens.sum()),
+            frozen_base=case.finetuning != "full",
+        )
+        return rate * flops / peak
+
+    def _forget(self) -> None:
+        self._peak: int | None = None
+        if self.device.type == "cuda":
+            self._peak = torch.cuda.max_memory_allocated(self.device)
+        torch._dynamo.reset()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    @contextmanager
+    def _steps(self, case: Case, documents: TokenizedDocuments) -> Iterator[Any]:
+        """Our loop, about to train."""
+        recipe = self.recipe(case)
+        with tempfile.TemporaryDirectory() as folder:
+            job = ClassTraining(
+                identity=Identity(
+                    class_index=0, class_name="all", data_fingerprint="", tokenizer_fingerprint=""
+                ),
+                directory=Path(folder),
+                documents=documents,
+                validation=documents.select(np.arange(2)),
+                own_validation=np.arange(2),
+                model=self.model(case),
+                schedule=BatchSchedule(documents.lengths, recipe, total_steps=10**6),
+                checkpoint=None,
+                joint_accuracy=lambda step, scores: None,
+                num_parts=1,
+                spent_seconds=0.0,
+                later_steps=lambda step: 0,
+                on_recipe=lambda recipe: None,
+                on_saved=lambda: None,
+            )
+            steps = train_steps(
+                job,
+                recipe,
+                accelerator=build_accelerator(recipe),
+                gpu=self.gpu,
+                stop=StopRequest(handle_signals=False),
+                progress=TrainProgress(shown=False, quiet=True),
+                log=lambda row: None,
+            )
+            try:
+                yield steps
+            finally:
+                steps.close()
+
+    def _ours(self, case: Case, documents: TokenizedDocuments, clock: Clock) -> int:
+        tokens = 0
+        with self._steps(case, documents) as steps:
+            micro_batch = next(steps)
+            while True:
+                if clock.num_steps >= 0:
+                    tokens += len(micro_batch.tensors[1])  # the targets
+                last = micro_batch.last
+                following = steps.send(micro_batch.run())
+                if last and clock.step_is_queued():
+                    return tokens
+                micro_batch = following
+
+    def _trainer(self, case: Case, documents: TokenizedDocuments, clock: Clock) -> int:
+        from transformers import (
+            DataCollatorWithFlattening,
+            Trainer,
+            TrainerCallback,
+            TrainingArguments,
+        )
+
+        tokens_of_batches: list[int] = []
+        flattened = DataCollatorWithFlattening()
+
+        def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+            sizes = [len(row["input_ids"]) for row in rows]
+            tokens_of_batches.append(sum(sizes) - len(sizes))
+            if case.side == "Trainer flattened":
+                return dict(flattened(rows))
+            ids = torch.zeros(len(rows), max(sizes), dtype=torch.int64)
+            labels = torch.full_like(ids, -100)
+            for i, row_of_ids in enumerate(rows):
+                ids[i, : sizes[i]] = labels[i, : sizes[i]] = torch.tensor(row_of_ids["input_ids"])
+            mask = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+            return {"input_ids": ids, "labels": labels, "attention_mask": mask.long()}
+
+        class Timing(TrainerCallback):  # type: ignore[misc]
+            def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+                control.should_training_stop = clock.step_is_queued()
+
+        mean = float((documents.lengths - 1).mean())
+        recipe = self.recipe(case)
+        rows = [{"input_ids": documents.document(i).tolist()} for i in range(len(documents))]
+        grouped = "group_by_length" if case.side == "Trainer grouped" else "random"
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(
+                model=self.stock_model(case),
+                args=TrainingArguments(
+                    output_dir=folder,
+                    use_cpu=self.device.type == "cpu",
+                    bf16=self.precision == "bf16",
+                    max_steps=10**6,
+                    per_device_train_batch_size=max(
+                        1, round(self.scale.step_tokens / mean / case.accumulation)
+                    ),
+                    gradient_accumulation_steps=case.accumulation,
+                    train_sampling_strategy=grouped,
+                    learning_rate=recipe.learning_rate,
+                    lr_scheduler_type="constant",
+                    weight_decay=recipe.weight_decay,
+                    adam_beta2=recipe.adam_beta2,
+                    max_grad_norm=recipe.max_grad_norm,
+                    torch_compile=case.compiled,
+                    logging_steps=10,
+                    save_strategy="no",
+                    report_to="none",
+                    disable_tqdm=True,
+                ),
+                train_dataset=rows,
+                data_collator=collate,
+                callbacks=[Timing()],
+            )
+            trainer.log = lambda *args, **others: None
+            trainer.train()
+        # One batch is asked for ahead, so they are counted from the front.
+        first = _WARM_UP_STEPS * case.accumulation
+        return sum(tokens_of_batches[first : first + clock.num_steps * case.accumulation])
+
+    def _nanogpt(self, case: Case, documents: TokenizedDocuments, clock: Clock) -> int:
+        """The steps of its train.py, whose rows are cut anywhere from one stream: another
+        objective, all of whose tokens count."""
+        assert self.nanogpt is not None
+        sys.path.insert(0, str(self.nanogpt))
+        from model import GPT, GPTConfig  # type: ignore[import-not-found]
+
+        spec = self.spec(case.model)
+        recipe = self.recipe(case)
+        torch.manual_seed(_SEED)
+        vocab_size = 64 * math.ceil(spec.vocab_size / 64)
+        with self.device:
+            model: Any = GPT(
+                GPTConfig(
+                    n_layer=spec.n_layer,
+                    n_head=spec.n_head,
+                    n_embd=spec.n_embd,
+                    block_size=spec.n_positions,
+                    bias=True,
+                    vocab_size=vocab_size,
+                    dropout=0.0,
+                )
+            )
+        betas = (recipe.adam_beta1, recipe.adam_beta2)
+        optimizer = model.configure_optimizers(
+            recipe.weight_decay, recipe.learning_rate, betas, self.device.type
+        )
+        forward = torch.compile(model) if case.compiled else model
+        length = int(case.lengths)
+        num_rows = max(1, self.scale.step_tokens // length // case.accumulation)
+        stream = torch.from_numpy(documents.tokens.astype(np.int64))
+
+        def batch() -> tuple[torch.Tensor, torch.Tensor]:
+            starts = torch.randint(len(stream) - length, (num_rows,))
+            both = (
+                torch.stack([stream[s + shift : s + shift + length] for s in starts])
+                for shift in (0, 1)
+            )
+            if self.device.type == "cuda":
+                both = (x.pin_memory().to(self.device, non_blocking=True) for x in both)
+            inputs, targets = both
+            return inputs, targets
+
+        inputs, targets = batch()
+        while True:
+            for _ in range(case.accumulation):
+                with autocast(recipe, self.device):
+                    _, loss = forward(inputs, targets)
+                inputs, targets = batch()
+                (loss / case.accumulation).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if clock.step_is_queued():
+                return clock.num_steps * num_rows * length * case.accumulation
+
+    def breakdown(self, case: Case) -> dict[str, float]:
+        """Shares of a step's time by what it is spent on, from torch.profiler; "host gaps" are
+        when a GPU has nothing to do."""
+        from torch.profiler import ProfilerActivity, profile
+
+        self._forget()
+        on_gpu = self.device.type == "cuda"
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+        with self._steps(case, self.documents(case.lengths)) as steps:
+            micro_batch = next(steps)
+
+            def step() -> None:
+                nonlocal micro_batch
+                last = False
+                while not last:
+                    last = micro_batch.last
+                    micro_batch = steps.send(micro_batch.run())
+
+            for _ in range(_WARM_UP_STEPS):
+                step()
+            synchronize(self.device)
+            started = time.monotonic()
+            for _ in range(5):
+                step()
+            synchronize(self.device)
+            # Without the profiler, under which the host is several times slower.
+            wall_seconds = (time.monotonic() - started) / 5
+            with profile(activities=activities) as profiler:
+                for _ in range(3):
+                    step()
+                synchronize(self.device)
+        seconds: dict[str, float] = {}
+        for event in profiler.events():
+            own = event.self_cpu_time_total
+            if on_gpu:
+                own = sum(kernel.duration for kernel in event.kernels)
+            if own:
+                part = part_of_step(event)
+                seconds[part] = seconds.get(part, 0.0) + own / 1e6 / 3
+        total = sum(seconds.values())
+        if on_gpu:
+            seconds["host gaps"] = max(0.0, wall_seconds - total)
+            total += seconds["host gaps"]
+        self._forget()
+        return {part: seconds[part] / total for part in sorted(seconds, key=lambda x: -seconds[x])}
+
+
+# What an event's name, or that of one it lies within, holds; the first that fits.
+_PARTS = (
+    ("loss", ("ChunkedCrossEntropy",)),
+    ("optimizer", ("Optimizer.", "_fused_adam", "clip_grad", "_foreach_")),
+    ("attention", ("attention", "flash", "varlen")),
+    ("matmul", ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear")),
+    ("copies and casts", ("aten::copy_", "Memcpy", "aten::_to_copy")),
+)
+
+
+def part_of_step(event: Any) -> str:
+    """The part of a step that a profiler's event belongs to."""
+    names = []
+    while event is not None:
+        names.append(event.name)
+        event = event.cpu_parent
+    for part, words in _PARTS:
+        if any(word in name for name in names for word in words):
+            return part
+    return "elementwise"
+
+
+@dataclass(slots=True)
+class Page:
+    """What was found out so far, as Markdown and as JSON."""
+
+    bench: Bench
+    folder: Path
+    rows: list[Measured] = dataclasses.field(default_factory=list)
+    left_out: list[str] = dataclasses.field(default_factory=list)
+    losses: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    breakdowns: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+    def bars(self) -> list[tuple[str, bool]]:
+        """Each bar that the rows so far say something about, and whether it is held."""
+        found = []
+        allowed = LARGEST_LOSS_DIFFERENCE[self.bench.device.type]
+        for model, (ours, theirs) in self.losses.items():
+            difference = abs(ours - theirs) / theirs
+            found.append((f"{model}: the losses differ by {difference:.1e}", difference <= allowed))
+        for lengths in ("AG News", "1024"):
+            own = self._best("gpt2", lengths)
+            eager = self._one(_case("Trainer padded", "gpt2", lengths))
+            if own and eager and own.tokens_per_second and eager.tokens_per_second:
+                factor = own.tokens_per_second / eager.tokens_per_second
+                claim = f"gpt2, {lengths}: {factor:.2f}x the eager Trainer ({LEAST_SPEED_UP}x)"
+                found.append((claim, factor >= LEAST_SPEED_UP))
+        for model in ("gpt2-medium", "gpt2-large", "gpt2-xl"):
+            own = self._best(model, "1024")
+            if own is None or own.mfu is None:
+                continue
+            claim = f"{model}, 1024: {own.mfu:.1%} MFU ({LEAST_MFU:.0%})"
+            found.append((claim, own.mfu >= LEAST_MFU))
+            short = self._best(model, "AG News")
+            if short is not None and short.mfu is not None:
+                share = short.mfu / own.mfu
+                claim = f"{model}: at AG News' lengths {share:.0%} of that MFU"
+                found.append((claim, share >= LEAST_SHARE_AT_SHORT_LENGTHS))
+        return found
+
+    def _one(self, case: Case) -> Measured | None:
+        return next((x for x in self.rows if x.case == case), None)
+
+    def _best(self, model: str, lengths: str) -> Measured | None:
+        both = [self._one(_case("ours", model, lengths, compiled=x)) for x in (False, True)]
+        measured = [x for x in both if x is not None and x.tokens_per_second is not None]
+        return max(measured, key=lambda x: x.tokens_per_second or 0.0, default=None)
+
+    def write(self) -> Path:
+        """Both files; the Markdown's path."""
+        name = self.bench.gpu.name if self.bench.gpu else self.bench.device.type
+        path = self.folder / f"{time.strftime('%Y-%m-%d')}-training-on-{name}.md"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        bars = self.bars()
+        content = {
+            "device": self.bench.name,
+            "torch": torch.__version__,
+            "bars": [{"claim": claim, "held": held} for claim, held in bars],
+            "losses": self.losses,
+            "rows": [dataclasses.asdict(x) for x in self.rows],
+            "breakdowns": self.breakdowns,
+            "left_out": self.left_out,
+        }
+        path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        parts = sorted(
+            {part for shares in self.breakdowns.values() for part in shares},
+            key=lambda part: -statistics.fmean(x.get(part, 0.0) for x in self.breakdowns.values()),
+        )
+        lines = [
+            f"# Training speed: {self.bench.name}",
+            "",
+            f"`python benchmarks/gpu_bench.py`, torch {torch.__version__}, {platform.platform()}. "
+            f"Random weights and tokens, {self.bench.scale.step_tokens:,} tokens a step, "
+            f"{'bf16 autocast' if self.bench.precision == 'bf16' else 'fp32'}, fused AdamW, "
+            "clipping, no dropout. Document tokens: padding does not count. MFU by the sheet's "
+            "peak. Warm-up is the time of the model's building, compiling and first "
+            f"{_WARM_UP_STEPS} steps.",
+            "",
+            *(f"- {'held' if held else '**missed**'}: {claim}" for claim, held in bars),
+            "",
+            "| training | tokens/s | of the eager padded Trainer | MFU | peak MiB | warm-up s |",
+            "|---|---:|---:|---:|---:|---:|",
+            *(self._row(x) for x in self.rows),
+            "",
+        ]
+        if parts:
+            lines += [
+                "Where our step's time goes:",
+                "",
+                f"| training | {' | '.join(parts)} |",
+                f"|---|{'---:|' * len(parts)}",
+                *(
+                    f"| {label} | {' | '.join(f'{shares.get(part, 0.0):.1%}' for part in parts)} |"
+                    for label, shares in self.breakdowns.items()
+                ),
+                "",
+            ]
+        if self.left_out:
+            lines += ["Left out:", "", *(f"- {line}" for line in self.left_out), ""]
+        path.write_text("\n".join(lines), "utf-8")
+        return path
+
+    def _row(self, measured: Measured) -> str:
+        case = dataclasses.replace(measured.case, side="Trainer padded", compiled=False)
+        eager = self._one(case)
+        times = ""
+        if eager and eager.tokens_per_second and measured.tokens_per_second:
+            times = f"{measured.tokens_per_second / eager.tokens_per_second:.2f}x"
+        return row(measured, times)
+
+
+def row(measured: Measured, times: str = "") -> str:
+    """A line of the table."""
+    rate, mfu, peak = measured.tokens_per_second, measured.mfu, measured.peak_bytes
+    cells = (
+        measured.case.label,
+        measured.note if rate is None else f"{rate:,.0f}",
+        times,
+        "" if mfu is None else f"{mfu:.1%}",
+        "" if peak is None else f"{peak / MIB:,.0f}",
+        f"{measured.warm_up_seconds:.1f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""The benchmark of a GPU, rehearsed on a CPU with a tiny model."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_bench.py"
+
+
+@pytest.mark.skipif(not _SCRIPT.is_file(), reason="benchmarks are not part of a release")
+def test_all_sides_train_and_what_there_was_no_time_for_is_named(tmp_path: Path) -> None:
+    """Equal losses, a speed for each side that is here, the shares of a step, in both files."""
+    options = ["--device", "cpu", "--sizes", "tiny", "--seconds", "300", "--output", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, str(_SCRIPT), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*-training-on-cpu.json")
+    found = json.loads(path.read_text())
+    (bar,) = found["bars"]
+    assert bar["held"]
+    assert "the losses differ by" in bar["claim"]
+    ours, theirs = found["losses"]["gpt2-tiny"]
+    assert abs(ours - theirs) < 1e-4 < 6 < theirs < 6.6  # ln 512 = 6.24, and weights are random
+    sides = [row["case"]["side"] for row in found["rows"]]
+    assert sides[:4] == ["ours", "Trainer padded", "Trainer grouped", "Trainer flattened"]
+    assert all(row["tokens_per_second"] > 0 and row["num_steps"] >= 8 for row in found["rows"])
+    assert len(found["rows"]) == 6
+    assert found["left_out"] == ["gpt2-tiny, 64: nanoGPT: no --nanogpt folder is given"]
+    assert len(found["breakdowns"]) == 2
+    for shares in found["breakdowns"].values():
+        assert sum(shares.values()) == pytest.approx(1)
+        assert {"matmul", "attention", "loss", "optimizer", "elementwise"} <= shares.keys()
+    page = path.with_suffix(".md").read_text()
+    assert len(re.findall(r"^\| gpt2-tiny, .*\d", page, re.MULTILINE)) == 6 + 2
