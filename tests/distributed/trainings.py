@@ -2,12 +2,16 @@
 
 import os
 import signal
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from accel_gpt2.classify.fit import fit
 from accel_gpt2.errors import StoppedEarly
 from accel_gpt2.recipe import ResolvedRecipe
+from accel_gpt2.train.deepspeed import DeepSpeedBackend
+from accel_gpt2.train.fsdp2 import Fsdp2Backend
 from accel_gpt2.train.stopping import StopRequest
 
 
@@ -48,3 +52,39 @@ def train_until(resolved: ResolvedRecipe, run: Path, *, question: int, rank: int
     except StoppedEarly as stopped:
         return int(stopped.exit_code)
     return 0
+
+
+def train_until_killed(resolved: ResolvedRecipe, run: Path, *, rank: int, save: int) -> None:
+    """Until one rank kills itself within its `save`-th save: the first when the files are written
+    and not yet in place, another before it gives its shares of the optimizer's state."""
+    if int(os.environ.get("RANK", "0")) == rank:
+        saves = 0
+
+        def die_at_last() -> None:
+            nonlocal saves
+            saves += 1
+            if saves == save:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        if rank == 0:
+            sys.addaudithook(
+                lambda event, names: (
+                    die_at_last()
+                    if event == "os.rename" and "/checkpoint-" in os.fspath(names[1])
+                    else None
+                )
+            )
+        else:
+            for backend in (Fsdp2Backend, DeepSpeedBackend):
+                _call_first(backend, "gathered_optimizer_state", die_at_last)
+    fit(resolved, run, quiet=True)
+
+
+def _call_first(owner: type, name: str, first: Callable[[], None]) -> None:
+    method = getattr(owner, name)
+
+    def with_first(self: object) -> Any:
+        first()
+        return method(self)
+
+    setattr(owner, name, with_first)
