@@ -80,13 +80,15 @@ class Option:
 class Rejected:
     """What is not recommended and the one reason, a clause.
 
-    `option` is None where a rule of recipes or of libraries stands against it.
+    `option` is None where a rule of recipes or of libraries stands against it; `instead` is then
+    what to type, where that is known.
     """
 
     label: str
     why: Why
     reason: str
     option: Option | None
+    instead: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -159,7 +159,11 @@ def plan_run(
     )
     options, refused = _candidates(layers, situation)
     if not options:
-        raise UsageError(f"{situation.model.name} cannot be trained as asked: {refused[0].reason}.")
+        first = refused[0]
+        instead = f"; give {first.instead}" if first.instead else ""
+        raise UsageError(
+            f"{situation.model.name} cannot be trained as asked: {first.reason}{instead}."
+        )
     best = best_option(options, situation.prefer)
     others = sorted(
         (x for x in options if x is not best),
@@ -219,8 +223,9 @@ def _candidates(
     options: list[Option] = []
     refused: list[Rejected] = []
 
-    def refuse(label: str, why: Why, reason: str) -> None:
-        refused.append(Rejected(label=label, why=why, reason=reason, option=None))
+    def refuse(label: str, why: Why, reason: str, instead: str = "") -> None:
+        rejected = Rejected(label=label, why=why, reason=reason, option=None, instead=instead)
+        refused.append(rejected)
 
     fitted = False
     tried = levels(layers, profile, fp32_first=situation.prefer == "quality")
@@ -244,7 +249,8 @@ def _candidates(
             refused_for = refusal(level.resolved.recipe, strategy, placement)
             if refused_for is not None:
                 spread = strategy.name if placement == "sequential" else placement
-                refuse(f"{level.label}, {spread}", "unsupported", refused_for.reason)
+                label = f"{level.label}, {spread}"
+                refuse(label, "unsupported", refused_for.reason, refused_for.instead)
                 continue
             planned = functools.partial(
                 _planned,

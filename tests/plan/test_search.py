@@ -326,8 +326,9 @@ def test_a_placement_that_is_asked_for_is_the_only_one() -> None:
 
 
 def test_what_nothing_can_train_is_a_usage_error() -> None:
-    """A strategy and a recipe that exclude each other, with the reason."""
-    with pytest.raises(UsageError, match=r"gpt2 cannot be trained as asked: .*DTensors"):
+    """A strategy and a recipe that exclude each other, with the reason and what to type."""
+    said = r"gpt2 cannot be trained as asked: .*DTensors; give --optimizer adamw or --strategy ddp"
+    with pytest.raises(UsageError, match=said):
         plan_run(
             [layer(model="gpt2", optimizer="adamw_8bit")],
             PROFILES["2x-rtx4070ti"],
