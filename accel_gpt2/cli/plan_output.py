@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from accel_gpt2.cli.hardware import describe_profile
 from accel_gpt2.cli.output import print_line, print_table
 from accel_gpt2.errors import UsageError, nearest
+from accel_gpt2.plan.absent import WHEN_THERE
 from accel_gpt2.plan.memory import MemoryTerm
 from accel_gpt2.plan.placement import PLACEMENTS, num_models
 from accel_gpt2.plan.run_plan import Option, Rejected, RunPlan, memory_parts
@@ -195,10 +196,11 @@ def _row(rejected: Rejected) -> list[str]:
 
 
 def explain(plan: RunPlan, name: str) -> None:
-    """Data: the sentences of the terms whose names hold `name`, and where they count.
+    """Data: the sentences of the terms whose names hold `name`, and where they count; of one that
+    the recommended recipe has not, when it is there.
 
     Raises:
-        UsageError: when no term of the recommended recipe's memory or time is called so.
+        UsageError: when no term of a plan is called so.
     """
     option = plan.recommended or plan.smallest
     memory, time = option.memory, option.time
@@ -209,7 +211,8 @@ def explain(plan: RunPlan, name: str) -> None:
     ]
     if time is not None:
         places += [("time of the run", time.terms), ("time of a step", time.step_terms)]
-    names = list(dict.fromkeys(term.name for _, terms in places for term in terms))
+    found = dict.fromkeys(term.name for _, terms in places for term in terms)
+    names = list(found | dict.fromkeys(WHEN_THERE))
     chosen = [x for x in names if x.lower() == name.lower()]
     chosen = chosen or [x for x in names if name.lower() in x.lower()]
     if not chosen:
@@ -219,6 +222,8 @@ def explain(plan: RunPlan, name: str) -> None:
         )
     for term_name in chosen:
         print_line(term_name)
+        if term_name not in found:
+            print_line(f"  none with this recipe: it is there {WHEN_THERE[term_name]}")
         said: set[str] = set()
         for place, terms in places:
             for term in terms:
