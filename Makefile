@@ -31,7 +31,7 @@ SKY_VENV ?= build/sky-venv
 test-cloud: setup
 	[ -x $(SKY_VENV)/bin/sky ] || $(PYTHON) -m venv $(SKY_VENV)
 	$(SKY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check skypilot==0.14.1
-	SKY_PYTHON=$(abspath $(SKY_VENV))/bin/python $(BIN)/python -m pytest tests/cloud tests/render/test_cloud.py --torture
+	SKY_PYTHON=$(abspath $(SKY_VENV))/bin/python $(BIN)/python -m pytest tests/cloud tests/render/test_cloud.py
 
 # Hundreds of kills and signals and thousands of malformed inputs, half an hour; the counts go to
 # docs/benchmarks/. TORTURE_SEED=1 draws other moments.
