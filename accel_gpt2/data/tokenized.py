@@ -28,6 +28,9 @@ if TYPE_CHECKING:  # the library takes a second, and predicting needs none of it
 _FORMAT_VERSION = 1
 _BATCH_DOCUMENTS = 256
 
+# Of numbers; while `datasets` reads selected rows it holds half a kilobyte for each.
+_BATCH_ROWS = 4096
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedDocuments:
@@ -128,7 +131,7 @@ def tokenize_documents(
 def _integers(documents: "datasets.Dataset", column: str) -> NDArray[np.int64]:
     parts = [
         table[column].to_numpy()
-        for table in documents.select_columns([column]).iter(batch_size=100_000)
+        for table in documents.select_columns([column]).iter(batch_size=_BATCH_ROWS)
     ]
     return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64, copy=False)
 
