@@ -156,7 +156,10 @@ class PlainBackend(Backend):
         norm = self._accelerator.clip_grad_norm_(self.parameters, max_norm)
         if self.scaler is None:
             self._skipper.found_inf = norm.isfinite().logical_not().float()
-        self.optimizer.step()
+            # Accelerate's wrapper looks for a package on the disk in every step.
+            self._skipper.step()
+        else:
+            self.optimizer.step()
         self.zero_grad()
         return Awaited(norm)
 
