@@ -4,7 +4,7 @@
 
 Counts forward and backward kernel by kernel, for each token and unit of n_embd: of three blocks
 less two, and of four documents less two, so that what is once for all tokens falls away. It is the
-table `_KERNELS` of plan/throughput.py, and what dropout and gelu_new add. CUDA's autocast computes
+table `_KERNELS` of plan/step_time.py, and what dropout and gelu_new add. CUDA's autocast computes
 LayerNorm and powers in fp32, which the CPU's does not, so the model is told to.
 """
 

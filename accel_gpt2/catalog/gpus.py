@@ -43,7 +43,7 @@ class GpuSpec:
 _ADA = "NVIDIA Ada whitepaper (4090), by tensor cores and boost clock as llm.c's mfu.h does"
 
 # What is left for matrix products of published trainings' time per token, when the bytes of their
-# other kernels are taken away, as plan/throughput.py counts both; tests/plan/test_throughput.py has
+# other kernels are taken away, as plan/step_time.py counts both; tests/plan/test_throughput.py has
 # the published rates.
 _BY_LLM_C_A100 = "llm.c's GPT-2 124M, 355M and 774M, llm-foundry's 350m and 1b on A100 80 GB"
 _BY_LLM_C_H100 = "llm.c's GPT-2 124M and 1558M on H100 SXM"

@@ -11,15 +11,10 @@ from accel_gpt2.catalog.profiles import PROFILES
 from accel_gpt2.catalog.strategies import STRATEGIES
 from accel_gpt2.plan.calibration import Calibration
 from accel_gpt2.plan.data import DataStatistics, dataset_statistics
+from accel_gpt2.plan.device_speed import device_of, matmul_seconds
 from accel_gpt2.plan.flops import forward_flops
-from accel_gpt2.plan.throughput import (
-    Kernels,
-    TimePlan,
-    device_of,
-    kernel_seconds,
-    matmul_seconds,
-    plan_time,
-)
+from accel_gpt2.plan.step_time import Kernels, kernel_seconds
+from accel_gpt2.plan.throughput import TimePlan, plan_time
 from accel_gpt2.recipe import Layer, TrainRecipe, resolve
 
 from .records import record
