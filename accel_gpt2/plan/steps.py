@@ -76,7 +76,7 @@ def _cut(
     micro_batch_tokens: int,
     world_size: int,
 ) -> tuple[float, float, float]:
-    """Batches of all these documents, micro batches of a batch, and the share that is no padding."""
+    """Batches of all these documents, micro batches of a batch, the share that is no padding."""
     batches = pieces = whole = padded = 0.0
     for tokens, count in lengths:
         if global_batch_size is not None:

@@ -81,15 +81,19 @@ def packed_attention(
         from torch.nn.attention.varlen import varlen_attn
 
         longest = documents.valid.shape[1]
-        out = varlen_attn(
-            *(x[0].transpose(0, 1) for x in (query, key, value)),
+        # Said only where it is needed: older torch has no such argument.
+        grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+        out: Any = varlen_attn(
+            query[0].transpose(0, 1),
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
             documents.starts,
             documents.starts,
             longest,
             longest,
             scale=scaling,
             window_size=(-1, 0),
-            enable_gqa=query.shape[1] != key.shape[1],
+            **grouped,
         )
         return out[None], None
     padded, _ = sdpa_attention_forward(
