@@ -27,13 +27,16 @@ def is_compiled(
     device: torch.device,
     plan: CompilingPlan,
 ) -> bool:
-    """What `compile` of the recipe means here.
+    """What `compile` of the recipe means here. If it is to be compiled, what is will be kept in our
+    cache folder for later runs.
 
     Raises:
         UserError: when it is "on" and this training, or this machine, cannot be compiled for.
     """
     if recipe.compile == "off" or (recipe.compile == "auto" and not plan.pays):
         return False
+    # Inductor settles on a folder when it is first asked for anything. Who has set it wants it so.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "compiled"))
     problem = compiling_problem(recipe, strategy) or _compiler_problem(device)
     if problem is not None and recipe.compile == "on":
         raise UserError(f"compile = 'on': {problem}; give --set compile=off, or leave it out.")
@@ -57,12 +60,7 @@ def _compiler_problem(device: torch.device) -> str | None:
 
 
 def compile_blocks(model: TrainedModel, *, backend: str = "inductor") -> int:
-    """Have the model's blocks compiled at their first step; how many there are.
-
-    What was compiled is kept in our cache folder for later runs.
-    """
-    # Read at the first compilation; whoever has set it wants it so.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "compiled"))
+    """Have the model's blocks compiled at their first step; how many there are."""
     blocks = blocks_of(model)
     for block in blocks:
         block.compile(dynamic=True, backend=backend)

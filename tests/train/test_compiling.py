@@ -3,11 +3,13 @@
 import copy
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from accel_gpt2.catalog.gpus import GPUS
 from accel_gpt2.catalog.strategies import STRATEGIES
@@ -24,6 +26,7 @@ RECIPE = TrainRecipe(model="gpt2-tiny", init="scratch", max_length=64, dropout=0
 SHAPES = ((3, 9), (2, 30), (1, 17))
 
 
+_PROGRAMS = "TORCHINDUCTOR_CACHE_DIR"
 _LORA = {"finetuning": "lora", "lora_target_modules": ("c_attn",)}
 
 
@@ -120,8 +123,13 @@ def test_kernels_give_the_same_losses_and_gradients() -> None:
 SURE, VAIN = (CompilingPlan(seconds=60, saved_seconds=saved) for saved in (1000.0, 0.0))
 
 
-def test_auto_compiles_what_is_repaid_and_on_what_can_be() -> None:
-    """The arithmetic decides for auto; on and off are the person's."""
+def test_auto_compiles_what_is_repaid_and_on_what_can_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The arithmetic decides for auto; on and off are the person's; programs go to our cache."""
+    monkeypatch.setenv("ACCEL_GPT2_CACHE", str(tmp_path))
+    monkeypatch.setenv(_PROGRAMS, "")
+    monkeypatch.delenv(_PROGRAMS)
     single = STRATEGIES["single"]
     for chosen, plan, expected in (
         ("auto", SURE, True),
@@ -131,6 +139,7 @@ def test_auto_compiles_what_is_repaid_and_on_what_can_be() -> None:
     ):
         recipe = dataclasses.replace(RECIPE, compile=chosen)
         assert is_compiled(recipe, single, CPU, plan) is expected, chosen
+    assert cache_dir() == str(tmp_path / "compiled")
     quantised = dataclasses.replace(RECIPE, finetuning="qlora")
     assert not is_compiled(quantised, single, CPU, SURE)
     with pytest.raises(UserError, match=r"compile = 'on': the kernels .*--set compile=off"):
