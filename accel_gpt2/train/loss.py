@@ -89,6 +89,7 @@ def _log_sum_exp(rows: Tensor, head: Tensor, bias: Tensor | None, columns: int) 
         if bias is not None:
             logits += bias[part]
         before, largest = largest, torch.maximum(largest, logits.amax(dim=1, keepdim=True))
+        sums *= (before - largest).exp_()
         sums += logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
         del logits  # before the next part's come
     return (largest + sums.log()).squeeze(1)

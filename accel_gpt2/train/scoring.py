@@ -6,10 +6,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from accel_gpt2.data.batching import Documents, scoring_batches
+from accel_gpt2.data.batching import Documents, Indices, scoring_batches
 from accel_gpt2.train.causal import LanguageModel
 from accel_gpt2.train.objective import TrainedModel
+
+# Scores stay on the device until so many batches have some: it has to finish whenever one is read,
+# and would then have nothing to do while the next batch is put together.
+_BATCHES_AHEAD = 16
 
 
 def score_documents(
@@ -40,6 +45,17 @@ def score_documents(
     scores = np.zeros((len(lengths), *model.score_shape), dtype=np.float64)
     ends = np.cumsum(lengths - 1)
     batches = scoring_batches(lengths, micro_batch_tokens=micro_batch_tokens)
+    waiting: list[tuple[Indices, Tensor, Tensor | None]] = []
+
+    def fetch() -> None:
+        for indices, found, per_token in waiting:
+            scores[indices] = found.cpu().numpy()
+            if token_scores is not None and per_token is not None:
+                pieces = np.split(per_token.cpu().numpy(), np.cumsum(lengths[indices] - 1)[:-1])
+                for i, piece in zip(indices, pieces, strict=True):
+                    token_scores[ends[i] - len(piece) : ends[i]] = piece
+        waiting.clear()
+
     was_training = model.training
     model.eval()
     try:
@@ -49,17 +65,19 @@ def score_documents(
             idle = accelerator.process_index >= len(one_round)
             indices = one_round[0 if idle else accelerator.process_index]
             batch = [documents.document(int(i)) for i in indices]
+            per_token = None
             with accelerator.autocast():
                 if token_scores is None or not isinstance(model, LanguageModel):
                     found = model.score(batch, accelerator.device)
                 else:
                     found, per_token = model.score_tokens(batch, accelerator.device)
-                    pieces = np.split(per_token.cpu().numpy(), np.cumsum(lengths[indices] - 1)[:-1])
-                    for i, piece in zip(indices, pieces, strict=True):
-                        token_scores[ends[i] - len(piece) : ends[i]] = 0 if idle else piece
-            scores[indices] = 0 if idle else found.cpu().numpy()
+            if not idle:
+                waiting.append((indices, found, per_token))
+            if len(waiting) == _BATCHES_AHEAD:
+                fetch()
             if on_batch is not None:
                 on_batch(sum(len(indices) for indices in one_round))
+        fetch()
     finally:
         model.train(was_training)
     if accelerator.num_processes > 1:

@@ -77,6 +77,20 @@ def test_bf16_logits_lose_nothing_more() -> None:
         torch.testing.assert_close(mine.grad, reference.grad, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 10_000])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_log_likelihoods_from_parts_of_the_vocabulary(with_bias: bool, chunk_tokens: int) -> None:
+    """Whatever the parts, and where the largest logits of a row lie, they are torch's own."""
+    hidden, weight, bias, targets = _problem(50, 16, 2500)
+    hidden *= torch.logspace(-2, 1.5, 50)[:, None]
+    bias = bias if with_bias else None
+    found = chunked_log_likelihoods(hidden, weight, bias, targets, chunk_tokens)
+    logits = F.linear(hidden.double(), weight.double(), None if bias is None else bias.double())
+    expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert expected.min() < -200
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_log_likelihoods_are_fp32_under_autocast() -> None:
     """Scores never go through bf16 logits: autocast changes nothing in the head."""
     hidden, weight, bias, targets = _problem(20, 8, 30)

@@ -97,6 +97,23 @@ def test_scores_are_transformers_own_whatever_the_batch(pretrained: Path) -> Non
         assert alone[index] == pytest.approx(-loss * (length - 1), rel=1e-5)
 
 
+def test_scores_of_many_batches_come_to_their_documents(pretrained: Path) -> None:
+    """Scores wait on the device for those of later batches, and so do their tokens'."""
+    documents = _Documents([3 + number % 30 for number in range(40)])
+    recipe = _recipe(pretrained)
+    model, accelerator = _build(recipe), build_accelerator(recipe)
+    num_targets = documents.lengths - 1
+    per_token = np.zeros(num_targets.sum(), dtype=np.float32)
+    scores = score_documents(
+        model, documents, micro_batch_tokens=1, accelerator=accelerator, token_scores=per_token
+    )
+    sums = np.add.reduceat(per_token.astype(np.float64), np.cumsum(num_targets) - num_targets)
+    np.testing.assert_allclose(sums, scores, rtol=1e-6)
+    model.eval()
+    expected = [model.score([documents.document(i)], torch.device("cpu")) for i in range(40)]
+    np.testing.assert_allclose(scores, torch.cat(expected), rtol=1e-6)
+
+
 def test_what_follows_a_document_never_reaches_it(pretrained: Path) -> None:
     """Replacing the padding by other tokens leaves the loss as it is."""
     model = _build(_recipe(pretrained)).eval()
