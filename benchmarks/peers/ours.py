@@ -21,9 +21,7 @@ from peers.workload import Documents, Workload, our_recipe, prepared
 def train(work: Workload, documents: Documents, turns: Turns, variant: str) -> None:
     """Train one language model of all documents, with every setting at its default that the
     comparison does not fix."""
-    # A budget of tokens leaves out the document that no longer fits: half of one on average.
-    step_tokens = round((work.documents_per_step + 0.5) * documents.tokens_per_document)
-    recipe = our_recipe(work, global_batch_tokens=step_tokens).recipe
+    recipe = our_recipe(work, global_batch_tokens=documents.budget_of_a_step(work)).recipe
     data = prepared(work)
     directory = work.folder / "run"
     accelerator = build_accelerator(recipe, directory)

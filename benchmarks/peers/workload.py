@@ -91,6 +91,11 @@ class Documents:
         """Predicted ones, EOS included, on average."""
         return float(np.mean([len(document) - 1 for document in self.train]))
 
+    def budget_of_a_step(self, work: Workload) -> int:
+        """Tokens for as many documents as the others have on average: a budget leaves out the one
+        that no longer fits, half of it on average."""
+        return round((work.documents_per_step + 0.5) * self.tokens_per_document)
+
     def rows_of_a_step(self, work: Workload) -> tuple[int, int]:
         """How many rows of how many tokens make a step, where rows need not be documents: as long
         as the model allows."""
