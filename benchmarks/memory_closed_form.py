@@ -9,25 +9,29 @@ import statistics
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+# Not as `tests.agreement`: gpuhunt installs a `tests` of its own, which is found first.
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "agreement"))
+
+from memory_grid import Comparison, compare, configurations, options
 
 from accel_gpt2.units import MIB
 from accel_gpt2.versions import installed_versions
-from tests.agreement.memory_grid import Comparison, compare, configurations
 
 COUNT, N_LAYER = 64, 3
 
 
 def main() -> None:
     """Write the page."""
-    comparisons = compare(configurations(COUNT, n_layer=N_LAYER))
+    drawn, by_hand = configurations(COUNT, n_layer=N_LAYER), options(n_layer=N_LAYER)
+    comparisons = compare([*drawn, *by_hand])
     errors = [comparison.relative_error for comparison in comparisons]
     versions = installed_versions()
     lines = [
         "# Memory: closed form against trace",
         "",
-        f"{COUNT} configurations, the first by hand and the others drawn with a fixed seed; all "
-        f"sizes at their real width, {N_LAYER} blocks, one GPU. `plan.memory` is compared with a "
+        f"{len(comparisons)} configurations: {COUNT}, the first by hand and the others drawn with "
+        f"a fixed seed, and {len(by_hand)} of options that save memory. All sizes at their real "
+        f"width, {N_LAYER} blocks, one GPU. `plan.memory` is compared with a "
         "trace of our own step on fake tensors (`accel_gpt2.trace`): the largest sum of allocated "
         "tensors, each a multiple of 512 bytes.",
         "",
@@ -51,10 +55,14 @@ def _row(comparison: Comparison) -> str:
         training.append(recipe.bf16_rounding)
     if recipe.finetuning == "lora":
         training.append(f"LoRA r{recipe.lora_rank}")
+        training += ["DoRA"] if recipe.use_dora else []
         if recipe.lora_dropout:
             training.append("LoRA dropout")
     if recipe.gradient_checkpointing:
-        training.append("checkpointing")
+        of = "" if recipe.checkpointed_layers is None else f" of {recipe.checkpointed_layers}"
+        training.append(f"checkpointing{of}")
+    if recipe.release_gradients:
+        training.append("released gradients")
     if recipe.dropout:
         training.append("dropout")
     if not recipe.fused_gelu:
