@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,22 +31,22 @@ from accel_gpt2.catalog.datasets import DATASETS
 _ROW = DATASETS["ag_news"]
 _TRAINING_TEXTS = 400
 _BIN = Path(sys.executable).parent
-_SHORT_TEXTS = 16  # of the naive script's texts that are timed, unless --naive-texts says otherwise
 
 _NAIVE = """
-import sys, torch
+import json, sys, torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
+names = json.loads(Path(sys.argv[1], "plan.json").read_text())["class_names"]
 folders = sorted(Path(sys.argv[1]).glob("class-*/final"))
 tokenizer = AutoTokenizer.from_pretrained(folders[0])
 models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders]
 for text in sys.stdin:
-    ids = tokenizer(text, return_tensors="pt").input_ids
+    ids = tokenizer(text.rstrip("\\n"), return_tensors="pt").input_ids
     end = torch.tensor([[tokenizer.eos_token_id]])
     ids = torch.cat([end, ids, end], dim=1)
     with torch.no_grad():
         losses = [model(ids, labels=ids).loss.item() for model in models]
-    print(losses.index(min(losses)), flush=True)
+    print(names[losses.index(min(losses))], flush=True)
 """
 
 # What a prediction needs, in the order in which it comes: imports first, then the run.
@@ -86,7 +85,7 @@ class Answers:
     first_seconds: float
     last_seconds: float
     cpu_seconds: float
-    num_answers: int
+    lines: list[str]
 
 
 def main() -> None:
@@ -94,7 +93,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the real data sets")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--texts", type=int, default=1000)
-    parser.add_argument("--model", default="small", choices=("small", "gpt2-tiny"))
+    parser.add_argument("--run", type=Path, help="a trained run, in place of those of four layers")
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
     options = parser.parse_args()
     page = Page(
@@ -106,7 +105,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         texts = _texts(options.data, _TRAINING_TEXTS + options.texts)
-        runs = _train(folder, texts[:_TRAINING_TEXTS], options.model)
+        runs = {"generative": options.run}
+        if options.run is None:
+            runs = _train(folder, texts[:_TRAINING_TEXTS])
         _compare(page, runs, texts[_TRAINING_TEXTS:], options.rounds)
         page.add(
             "\n## Where the start goes\n\n| stage | wall, s | CPU, s |\n|---|---|---|\n"
@@ -134,16 +135,14 @@ def _texts(data: Path | None, count: int) -> list[str]:
     return [" ".join(text.split()) for text in texts]
 
 
-def _train(folder: Path, texts: list[str], model: str) -> dict[str, Path]:
+def _train(folder: Path, texts: list[str]) -> dict[str, Path]:
     """A run of each objective that has a model per class, or a head; a few steps each."""
     names = _ROW.class_names
     rows = [f'"{text.replace(chr(34), "")}",{names[i % 4]}' for i, text in enumerate(texts)]
     csv = folder / "texts.csv"
     csv.write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")
-    start = ["--model", "gpt2-tiny", "--init", "scratch"]
-    if model == "small":
-        _save_small(folder / "model")
-        start = ["--model", str(folder / "model"), "--init", "pretrained"]
+    _save_small(folder / "model")
+    start = ["--model", str(folder / "model"), "--init", "pretrained"]
     runs = {}
     for objective in ("generative", "classification"):
         runs[objective] = folder / objective
@@ -169,47 +168,49 @@ def _compare(page: Page, runs: dict[str, Path], texts: list[str], rounds: int) -
     predict = str(_BIN / "accel-gpt2"), "predict"
     programs = {
         "accel-gpt2 predict, a model per class": [*predict, str(runs["generative"]), "-"],
-        "accel-gpt2 predict, classification head": [*predict, str(runs["classification"]), "-"],
         "naive script, a model per class": [
             sys.executable, "-c", _NAIVE, str(runs["generative"]),
         ],
     }  # fmt: skip
+    if "classification" in runs:
+        head = [*predict, str(runs["classification"]), "-"]
+        programs["accel-gpt2 predict, classification head"] = head
     found: dict[str, list[Answers]] = {name: [] for name in programs}
     for number in range(rounds):
-        for name in [*programs][number % 3 :] + [*programs][: number % 3]:
+        turn = number % len(programs)
+        for name in [*programs][turn:] + [*programs][:turn]:
             found[name].append(_answers(programs[name], texts))
-            sys.stderr.write(f"{name}: {found[name][-1]}\n")
+            assert len(found[name][-1].lines) == len(texts), name
+            sys.stderr.write(f"{name}: {found[name][-1].cpu_seconds:.1f} s of CPU\n")
     page.add(
         f"{len(texts):,} texts through a pipe, medians of {rounds} rounds; seconds from the start "
         "of the process.\n\n| program | first answer | all answers | CPU | texts/s after the first "
-        "| one text alone, CPU |\n|---|---|---|---|---|---|"
+        "|\n|---|---|---|---|---|"
     )
-    alone = {
-        name: statistics.median(_answers(command, texts[:1]).cpu_seconds for _ in range(rounds))
-        for name, command in programs.items()
-    }
     for name, answers in found.items():
-        assert {x.num_answers for x in answers} == {len(texts)}, name
         first, last, cpu = (
             statistics.median(getattr(x, key) for x in answers)
             for key in ("first_seconds", "last_seconds", "cpu_seconds")
         )
         rate = (len(texts) - 1) / (last - first)
-        page.add(
-            f"| {name} | {first:.1f} s | {last:.1f} s | {cpu:.1f} s | {rate:.0f} | "
-            f"{alone[name]:.1f} s |"
-        )
-    ours, naive = (found[name] for name in (*programs,)[::2])
-    ratio = statistics.median(
-        b.cpu_seconds / a.cpu_seconds for a, b in zip(ours, naive, strict=True)
+        page.add(f"| {name} | {first:.1f} s | {last:.1f} s | {cpu:.1f} s | {rate:.0f} |")
+    ours, naive, *_ = found.values()
+    pairs = zip(ours, naive, strict=True)
+    ratio = statistics.median(b.cpu_seconds / a.cpu_seconds for a, b in pairs)
+    pairs_of_lines = zip(ours[0].lines, naive[0].lines, strict=True)
+    same = sum(a.startswith(f"{b} ") for a, b in pairs_of_lines)
+    page.add(
+        f"\nThe naive script takes {ratio:.2f} times the processor of `accel-gpt2 predict`; "
+        f"{same:,} of {len(texts):,} answers are the same."
     )
-    page.add(f"\nThe naive script takes {ratio:.2f} times the processor of `accel-gpt2 predict`.")
 
 
 def _answers(command: list[str], texts: list[str]) -> Answers:
     """Write the texts to a program and time its lines; the two of a heading are no answers."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
+    times: list[float] = []
+    answers: list[str] = []
     with tempfile.TemporaryFile("w+", encoding="utf-8") as lines:
         lines.write("\n".join(texts) + "\n")
         lines.seek(0)
@@ -217,7 +218,10 @@ def _answers(command: list[str], texts: list[str]) -> Answers:
             command, stdin=lines, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         ) as process:
             assert process.stdout is not None
-            times = [time.perf_counter() - started for _ in _answer_lines(process.stdout)]
+            for line in process.stdout:
+                if not line.startswith(("class ", "\u2500")):
+                    times.append(time.perf_counter() - started)
+                    answers.append(line.rstrip("\n"))
     if process.returncode:
         raise SystemExit(f"{command} failed")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -225,14 +229,8 @@ def _answers(command: list[str], texts: list[str]) -> Answers:
         first_seconds=times[0],
         last_seconds=times[-1],
         cpu_seconds=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        num_answers=len(times),
+        lines=answers,
     )
-
-
-def _answer_lines(lines: Iterator[str]) -> Iterator[str]:
-    for line in lines:
-        if not line.startswith(("class ", "\u2500")):
-            yield line
 
 
 def _said(command: list[str]) -> str:

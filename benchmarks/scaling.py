@@ -43,9 +43,9 @@ _FLAT = 1.5  # times the least cost of a document, among files of 10,000 rows an
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--documents", type=int, nargs="+", default=list(_DOCUMENTS))
-    parser.add_argument("--classes", type=int, nargs="+", default=list(_CLASSES))
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(_LENGTHS))
+    parser.add_argument("--documents", type=int, nargs="*", default=list(_DOCUMENTS))
+    parser.add_argument("--classes", type=int, nargs="*", default=list(_CLASSES))
+    parser.add_argument("--lengths", type=int, nargs="*", default=list(_LENGTHS))
     parser.add_argument("--sizes", type=int, default=len(_SIZES), help="how many model sizes")
     parser.add_argument("--million", action="store_true", help="a million documents too")
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
@@ -62,10 +62,14 @@ def main() -> None:
         "What grows with what",
         packages=("accel-gpt2", "torch", "transformers", "datasets"),
     )
-    _write_documents(page, options.documents + [1_000_000] * options.million)
-    _write_classes(page, options.classes)
-    _write_lengths(page, options.lengths)
-    _write_sizes(page, _SIZES[: options.sizes])
+    if options.documents:
+        _write_documents(page, options.documents + [1_000_000] * options.million)
+    if options.classes:
+        _write_classes(page, options.classes)
+    if options.lengths:
+        _write_lengths(page, options.lengths)
+    if options.sizes:
+        _write_sizes(page, _SIZES[: options.sizes])
 
 
 def _write_documents(page: Page, counts: Sequence[int]) -> None:

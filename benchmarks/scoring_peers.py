@@ -14,12 +14,13 @@ with the real texts. Five minutes on a quiet core.
 
 import argparse
 import importlib.util
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -68,13 +69,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--share", type=float, default=1.0, help="of the documents")
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
-    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--datasets", nargs="+", default=list(_DATASETS), choices=_DATASETS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.memory_of is not None:
-        way, dataset = options.memory_of
-        print(_held_bytes(way, _read(dataset, options.data, options.share), dataset))  # noqa: T201
-        return
     page = Page(
         options.output,
         "scoring-peers",
@@ -83,7 +80,7 @@ def main() -> None:
     )
     if LM_EVAL not in _ways():
         page.add("lm-eval is not installed, and left out.\n")
-    for dataset in _DATASETS:
+    for dataset in options.datasets:
         _compare(page, dataset, options)
 
 
@@ -95,6 +92,9 @@ def _ways() -> tuple[str, ...]:
 
 def _compare(page: Page, dataset: str, options: argparse.Namespace) -> None:
     documents = _read(dataset, options.data, options.share)
+    _model()
+    # Before anything else: memory that this process has had and freed would be had for nothing.
+    memory = {way: _measure_memory(way, documents, dataset) for way in _ways() if way != PRODUCTS}
     ways = {way: _way(way, dataset) for way in _ways()}
     reference = ways[NAIVE](documents)
     page.add(
@@ -117,7 +117,6 @@ def _compare(page: Page, dataset: str, options: argparse.Namespace) -> None:
             ways[way](documents)
             seconds[way].append(time.process_time() - started)
         sys.stderr.write(f"{dataset}: round {number + 1} of {options.rounds}\n")
-    memory = {way: _measure_memory(way, dataset, options) for way in ways if way != PRODUCTS}
     page.add(
         "\n| way | documents/s | times the naive loop, median | least | most | peak memory |"
         "\n|---|---|---|---|---|---|"
@@ -271,12 +270,10 @@ def _status_bytes(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def _measure_memory(way: str, dataset: str, options: argparse.Namespace) -> int:
-    data = [] if options.data is None else ["--data", str(options.data)]
-    command = [sys.executable, __file__, "--memory-of", way, dataset, *data]
-    command += ["--share", str(options.share)]
-    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return int(said.stdout.split()[-1])
+def _measure_memory(way: str, documents: Documents, dataset: str) -> int:
+    """In a process of its own, which has the model and all libraries from this one."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as process:
+        return process.submit(_held_bytes, way, documents, dataset).result()
 
 
 if __name__ == "__main__":
