@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from accel_gpt2.classify.bayes import (
@@ -50,6 +51,7 @@ class Classifier:
         self._scorers = Scorers(run)
         self._models: dict[int, TransformersModel] = {}
         self._accelerator = build_accelerator(run.recipe)
+        self._stay_on_device = self._fit_together()
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -97,9 +99,19 @@ class Classifier:
             micro_batch_tokens=self.run.recipe.micro_batch_tokens,
             accelerator=self._accelerator,
         )
-        if device.type == "cuda" and not self._scorers.share_base:
-            model.cpu()  # one class on the card at a time: all of them may not fit
+        if not self._stay_on_device:
+            model.cpu()
         return scores
+
+    def _fit_together(self) -> bool:
+        """Whether all classes' weights leave half of the card's free memory to what they compute;
+        if not, one class is on the card at a time."""
+        device = self._accelerator.device
+        if device.type != "cuda" or self._scorers.share_base:
+            return True
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        files = [file for final in self.run.finals for file in final.glob("*.safetensors")]
+        return 2 * sum(file.stat().st_size for file in files) <= free_bytes
 
 
 def load_classifier(run_directory: Path) -> Classifier:
