@@ -131,8 +131,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             head, head_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
             grad_hidden = torch.empty_like(hidden) if hidden_wanted else None
-            # fp32, because it is a sum over chunks.
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_wanted else None
+            # fp32, because it is a sum over chunks; the first is written over what is there.
+            new = torch.empty_like if len(hidden) else torch.zeros_like
+            grad_weight = new(weight, dtype=torch.float32) if weight_wanted else None
             grad_bias = (
                 torch.zeros_like(bias, dtype=torch.float32)
                 if bias is not None and bias_wanted
@@ -166,7 +167,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[start:stop] = _product(error, head)
                 if grad_weight is not None:
-                    _add_outer_product_(grad_weight, error, rows)
+                    _add_outer_product_(grad_weight, error, rows, kept=start > 0)
         ctx.gradients = (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -221,10 +222,12 @@ def _product(error: Tensor, head: Tensor) -> Tensor:
     return product
 
 
-def _add_outer_product_(total: Tensor, error: Tensor, rows: Tensor) -> None:
-    """Add error.T @ rows, [words, n_embd], to the fp32 total."""
+def _add_outer_product_(total: Tensor, error: Tensor, rows: Tensor, *, kept: bool) -> None:
+    """Add error.T @ rows, [words, n_embd], to the fp32 total, or write it there."""
     for part in _word_parts(len(total)):
         if error.dtype == torch.float32:
-            total[part].addmm_(error[:, part].T, rows)
-        else:
+            total[part].addmm_(error[:, part].T, rows, beta=int(kept))
+        elif kept:
             total[part] += error[:, part].T @ rows
+        else:
+            total[part] = error[:, part].T @ rows
