@@ -395,6 +395,8 @@ class Bench:
                 warm_up_seconds=0.0, num_steps=0, note="out of memory",
             )  # fmt: skip
         finally:
+            if case.compiled:
+                torch._dynamo.reset()
             self._forget()
         rate = tokens / clock.seconds
         return Measured(
@@ -425,7 +427,6 @@ class Bench:
         self._peak: int | None = None
         if self.device.type == "cuda":
             self._peak = torch.cuda.max_memory_allocated(self.device)
-        torch._dynamo.reset()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

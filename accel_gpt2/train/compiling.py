@@ -35,12 +35,20 @@ def is_compiled(
     """
     if recipe.compile == "off" or (recipe.compile == "auto" and not plan.pays):
         return False
-    # Inductor settles on a folder when it is first asked for anything. Who has set it wants it so.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "compiled"))
+    _keep_programs()
     problem = compiling_problem(recipe, strategy) or _compiler_problem(device)
     if problem is not None and recipe.compile == "on":
         raise UserError(f"compile = 'on': {problem}; give --set compile=off, or leave it out.")
     return problem is None
+
+
+def _keep_programs() -> None:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+
+    # torch has set the variable itself by now, as any optimizer loads its compiler; another folder
+    # than its own is somebody's wish.
+    if cache_dir() == default_cache_dir():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_directory() / "compiled")
 
 
 def _compiler_problem(device: torch.device) -> str | None:
