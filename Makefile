@@ -55,10 +55,10 @@ gpu-check: setup
 	$(BIN)/python benchmarks/offload_on_gpu.py --seconds 120
 	$(BIN)/python benchmarks/memory_on_gpu.py --seconds 420
 
-# Beside what a person would run instead: trainings, scoring and start-up, on a quiet machine; pages
-# go to docs/benchmarks/. The peers want versions of small packages that we do not, so they get an
-# environment of their own that sees ours. BENCH_DATA=FOLDER has real texts, ag_news/ and imdb/;
-# NANOGPT=FOLDER a copy of nanoGPT, which nobody can install.
+# Beside what a person would run instead: trainings, scoring, predicting, scaling and start-up, on a
+# quiet machine; pages go to docs/benchmarks/. The peers want versions of small packages that we do
+# not, so they get an environment of their own that sees ours. BENCH_DATA=FOLDER has real texts,
+# ag_news/ and imdb/; NANOGPT=FOLDER a copy of nanoGPT, which nobody can install.
 BENCH_VENV ?= build/bench-venv
 BENCH_BIN := $(BENCH_VENV)/bin
 BENCH_DATA ?=
@@ -76,6 +76,9 @@ bench: setup
 		$(if $(NANOGPT),--nanogpt $(NANOGPT))
 	OMP_NUM_THREADS=1 $(BENCH_BIN)/python benchmarks/scoring_peers.py \
 		$(if $(BENCH_DATA),--data $(BENCH_DATA))
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/prediction.py \
+		$(if $(BENCH_DATA),--data $(BENCH_DATA))
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/start_up.py
 
 # Our training beside Trainer's and nanoGPT's on a GPU, and where a step's time goes: ten minutes,

@@ -52,7 +52,7 @@ def train(work: Workload, documents: Documents, turns: Turns, variant: str) -> N
             step_tokens = int((lengths[batch] - 1).sum())
             turns.count(step_tokens)
             for index in batch:
-                (summed(documents.train[index]) / step_tokens).backward()
+                (summed(documents.train[index]) / step_tokens).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(parameters, work.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
