@@ -258,7 +258,8 @@ def _products(documents: Documents) -> NDArray[np.float64]:
 def _held_bytes(way: str, documents: Documents, dataset: str) -> int:
     """The most that this process holds while it scores, over what it held before."""
     score = _way(way, dataset)
-    score(Documents(documents.token_ids[:1]))  # what libraries set up once is nobody's
+    # What libraries set up once is nobody's; a longer document would leave memory to have again.
+    score(Documents([np.array([_BOS, 0, _BOS])]))
     before = _status_bytes("VmRSS")
     score(documents)
     return _status_bytes("VmHWM") - before

@@ -11,9 +11,8 @@ from typing import cast
 from accel_gpt2.cli.output import say
 from accel_gpt2.errors import UsageError
 
-# The first texts are few, so that their answers come soon; later ones are many, so that texts of
-# like length meet in a batch.
-_FIRST_TEXTS = 32
+# Each piece has twice the texts of the one before: the first answer waits for no other text, and
+# later texts are enough to find others of like length for a batch.
 _MOST_TEXTS = 1024
 
 # Lines of a pipe that come closer together than this are answered together.
@@ -119,17 +118,17 @@ def _texts(lines: Iterable[str | None], source: str) -> Iterator[str | None]:
 def _pieces(texts: Iterable[str | None]) -> Iterator[Piece]:
     """Texts that come together, up to a size.
 
-    >>> [(len(piece), is_last) for piece, is_last in _pieces(["text"] * 1300)]
-    [(32, False), (1024, False), (244, True)]
+    >>> [(len(piece), is_last) for piece, is_last in _pieces(["text"] * 20)]
+    [(1, False), (2, False), (4, False), (8, False), (5, True)]
     >>> list(_pieces([None, "one", None, "two", "three"]))
     [(['one'], False), (['two', 'three'], True)]
     """
     piece: list[str] = []
-    size = _FIRST_TEXTS
+    size = 1
     for text in texts:
         if piece and (text is None or len(piece) == size):
             yield piece, False
-            piece, size = [], _MOST_TEXTS
+            piece, size = [], min(2 * size, _MOST_TEXTS)
         if text is not None:
             piece.append(text)
     if piece:

@@ -68,10 +68,10 @@ def test_a_line_of_a_pipe_that_is_no_text_is_named(monkeypatch: pytest.MonkeyPat
         _read([], None)
 
 
-def test_the_first_piece_is_small_and_the_rest_are_large() -> None:
-    """The first answers come soon; later texts are enough to find others of their length."""
-    sizes = [(len(piece), is_last) for piece, is_last in text_pieces(["text"] * 1300, None)]
-    assert sizes == [(32, False), (1024, False), (244, True)]
+def test_the_first_answer_waits_for_no_other_text() -> None:
+    """Pieces grow from one text to a thousand, so that later texts find others of their length."""
+    sizes = [len(piece) for piece, _ in text_pieces(["text"] * 5000, None)]
+    assert sizes == [*(2**power for power in range(11)), 1024, 1024, 905]
 
 
 @pytest.mark.parametrize(
