@@ -148,7 +148,9 @@ def label_split(name: str, raw: RawSplit, class_names: Sequence[str]) -> Labelle
         for data in texts.cast(pa.large_binary()).to_pylist():
             digests += hashlib.blake2b(data, digest_size=16).digest()
         stripped = pc.binary_length(pc.utf8_trim_whitespace(texts))
-        empty.append(pc.equal(stripped, 0).to_numpy(zero_copy_only=False))
+        # numpy compares: where pyarrow makes a scalar of a number, it would take the exception of a
+        # signal that comes just then for a number that it cannot read.
+        empty.append(stripped.to_numpy(zero_copy_only=False) == 0)
     return LabelledSplit(
         name=name,
         raw=raw,

@@ -122,8 +122,8 @@ def _has_varlen(device: torch.device) -> bool:
 def rows_are_packed(recipe: TrainRecipe, model: Any, device: torch.device) -> bool:
     """Whether the recipe's training of this language model packs its rows.
 
-    On a CPU micro batches of neighbouring lengths are as fast (docs/log.md): `auto` packs where
-    flash attention reads the documents where they are.
+    `auto` packs nothing yet: on a CPU micro batches of neighbouring lengths are as fast
+    (docs/log.md), and on a GPU nobody has measured it.
 
     Args:
         model: of transformers.
@@ -131,7 +131,7 @@ def rows_are_packed(recipe: TrainRecipe, model: Any, device: torch.device) -> bo
     Raises:
         UserError: when the recipe asks for packing and it cannot be had.
     """
-    if recipe.packing == "off":
+    if recipe.packing != "on":
         return False
     reason = ""
     if model.config.model_type not in PACKED_FAMILIES:
@@ -140,10 +140,9 @@ def rows_are_packed(recipe: TrainRecipe, model: Any, device: torch.device) -> bo
         )
     elif recipe.placement == "shared-base":
         reason = "adapters on a shared base go through in rows of the same shape"
-    if reason and recipe.packing == "on":
+    if reason:
         raise UserError(f"packing = 'on': {reason}; give --set packing=off, or leave it out.")
-    flash = _has_varlen(device) and recipe.mixed_precision != "no" and recipe.dropout == 0
-    return not reason and (flash or recipe.packing == "on")
+    return True
 
 
 def use_packed_attention(model: Any) -> None:

@@ -17,6 +17,7 @@ from accel_gpt2.data.quiet import only_errors_of_deepspeed
 from accel_gpt2.errors import UsageError, UserError
 from accel_gpt2.failures import ending
 from accel_gpt2.recipe import TrainRecipe, autocast_precision
+from accel_gpt2.train.host_memory import keep_freed_memory
 from accel_gpt2.train.peers import COLLECTIVE_TIMEOUT, PeerFailedError
 from accel_gpt2.train.startup import check_started
 
@@ -80,6 +81,8 @@ def build_accelerator(recipe: TrainRecipe, run_directory: Path | None = None) ->
         # While it is set, transformers builds models in shards; ZeRO shards ours when it is whole.
         unset_hf_deepspeed_config()
     check_started(accelerator, os.environ)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if accelerator.num_processes > 1:
         atexit.register(_leave_process_group)
     return accelerator
