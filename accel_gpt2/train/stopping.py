@@ -106,6 +106,10 @@ class StopRequest:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        ours = error is None or isinstance(error, StoppedEarly) or not isinstance(error, Exception)
+        if self.preparing and self._signal is not None and not ours:
+            # A library that was being loaded or called has made an error of its own from ours.
+            raise self.error() from error
 
     @property
     def seconds(self) -> float:

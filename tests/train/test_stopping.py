@@ -108,3 +108,14 @@ def test_the_budget_is_for_all_starts_and_the_time_limit_for_one() -> None:
     assert [limit.seconds for limit in limits_of(recipe, 0)] == [60, 6840]
     assert [limit.seconds for limit in limits_of(recipe, 6800)] == [60, 40]
     assert limits_of(TrainRecipe(price_usd_per_hour=0.5), 7000) == []
+
+
+def test_a_signal_that_a_library_takes_for_its_own_error_is_still_a_signal() -> None:
+    """C extensions that are being loaded, and pyarrow, make other errors from what is raised."""
+    with pytest.raises(StoppedEarly, match="SIGTERM"), StopRequest():  # noqa: PT012
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except StoppedEarly:
+            raise TypeError("unexpected argument type") from None
+    with pytest.raises(TypeError, match="a real one"), StopRequest():
+        raise TypeError("a real one")
