@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from results import say
 from safetensors.torch import load_file
 
 from accel_gpt2.catalog.strategies import STRATEGIES
@@ -89,8 +90,8 @@ def _table(strategies: list[str], steps: int, folder: Path) -> int:
         for name, changes in VARIANTS.items()
     }
     alone = _train("single", 1, recipes, folder)
-    _write(f"| strategy | {' | '.join(VARIANTS)} |")
-    _write(f"|---|{'---|' * len(VARIANTS)}")
+    say(f"| strategy | {' | '.join(VARIANTS)} |")
+    say(f"|---|{'---|' * len(VARIANTS)}")
     largest = 0.0
     for strategy in strategies:
         together = _train(strategy, 2, recipes, folder)
@@ -100,7 +101,7 @@ def _table(strategies: list[str], steps: int, folder: Path) -> int:
             of_tensors = max(_tensor_differences(together[name], alone[name]))
             largest = max(largest, of_steps, of_tensors)
             cells.append(f"{of_steps:.0e}, {of_tensors:.0e}")
-        _write(f"| {strategy} | {' | '.join(cells)} |")
+        say(f"| {strategy} | {' | '.join(cells)} |")
     return 1 if largest > LARGEST_DIFFERENCE else 0
 
 
@@ -137,11 +138,6 @@ def _tensor_differences(found: Path, expected: Path) -> Iterator[float]:
     assert own.keys() == theirs.keys(), f"{found} exports other tensors"
     for name, tensor in theirs.items():
         yield float((own[name] - tensor).abs().max() / tensor.abs().max())
-
-
-def _write(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ and peft, the wheels of annotated-types, pydantic and rich.
 Exit code 1 when a bar is missed or losses differ.
 """
 
-import argparse
 import dataclasses
 import gc
 import json
@@ -27,13 +26,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from gpu_options import gpu_options, is_there
+from one_training import optimizer_steps
+from results import say
 
 from accel_gpt2.catalog.datasets import DATASETS
 from accel_gpt2.catalog.gpus import GpuSpec, find_gpu
@@ -43,14 +45,8 @@ from accel_gpt2.plan.flops import peak_flops_per_second, train_flops_per_token
 from accel_gpt2.recipe import Finetuning, TrainRecipe
 from accel_gpt2.trace.step import autocast
 from accel_gpt2.train.causal import LanguageModel
-from accel_gpt2.train.checkpoint import Identity
-from accel_gpt2.train.loop import ClassTraining, train_steps
 from accel_gpt2.train.model import build_model
 from accel_gpt2.train.objective import to_device
-from accel_gpt2.train.processes import build_accelerator
-from accel_gpt2.train.progress import TrainProgress
-from accel_gpt2.train.schedule import BatchSchedule
-from accel_gpt2.train.stopping import StopRequest
 from accel_gpt2.units import GIB, MIB
 
 Side = Literal["ours", "Trainer padded", "Trainer grouped", "Trainer flattened", "nanoGPT"]
@@ -167,33 +163,26 @@ class Measured:
 
 def main() -> int:
     """Measure, write the tables, and say whether the bars are held."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--sizes", choices=("all", "tiny"), default="all")
-    parser.add_argument("--seconds", type=float, default=540.0)
+    parser = gpu_options(__doc__, seconds=540.0)
     parser.add_argument("--nanogpt", type=Path, help="a folder with nanoGPT's model.py")
-    parser.add_argument(
-        "--output", type=Path, default=Path(os.environ.get("OUT", "docs/benchmarks"))
-    )
     options = parser.parse_args()
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         os.environ.setdefault(name, "expandable_segments:True")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        say(f"torch {torch.__version__} sees no GPU; give --device cpu --sizes tiny to rehearse.")
+    if not is_there(options.device):
         return 2
     bench = Bench(torch.device(options.device), Scale.of(options.sizes), options.nanogpt)
     page = Page(bench, options.output)
     started = time.monotonic()
-    todo = list(cases(options.sizes))
-    sizes = [todo[0].model] if options.sizes == "tiny" else ["gpt2", "gpt2-medium"]
+    rows = list(cases(options.sizes))
+    sizes = [rows[0].model] if options.sizes == "tiny" else ["gpt2", "gpt2-medium"]
     for model in sizes:
         page.losses[model] = bench.losses(model)
         say(f"{model}: loss {page.losses[model][0]:.5f} ours, {page.losses[model][1]:.5f} theirs")
     # The breakdown is of the first cases, and its time is kept free.
-    breakdowns = [x for x in todo if x.side == "ours" and x.finetuning == "full"][:3]
+    breakdowns = [x for x in rows if x.side == "ours" and x.finetuning == "full"][:3]
     end = options.seconds - 15.0 * len(breakdowns)
     slowest: dict[tuple[str, bool], float] = {}
-    for case in todo:
+    for case in rows:
         left = end - (time.monotonic() - started)
         kind = (case.model, case.compiled)
         if case.side == "nanoGPT" and options.nanogpt is None:
@@ -216,12 +205,6 @@ def main() -> int:
             page.write()
     say(f"wrote {page.write()}")
     return 1 if any(not held for _, held in page.bars()) else 0
-
-
-def say(text: str) -> None:
-    """A line for who waits."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 class Clock:
@@ -365,7 +348,7 @@ class Bench:
         ours, stock = self.model(case), self.stock_model(case)
         stock.load_state_dict(ours.model.state_dict())
         documents = self.documents("AG News")
-        ours.pack_rows(self.recipe(case), self.device)
+        ours.pack_rows(self.recipe(case))
         batch = [documents.document(i) for i in range(16)]
         labels = np.zeros(len(batch), dtype=np.int64)
         num_targets = sum(len(x) - 1 for x in batch)
@@ -432,55 +415,24 @@ class Bench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    @contextmanager
-    def _steps(self, case: Case, documents: TokenizedDocuments) -> Iterator[Any]:
+    def _steps(
+        self, case: Case, documents: TokenizedDocuments
+    ) -> AbstractContextManager[Iterator[int]]:
         """Our loop, about to train."""
-        recipe = self.recipe(case)
-        with tempfile.TemporaryDirectory() as folder:
-            job = ClassTraining(
-                identity=Identity(
-                    class_index=0, class_name="all", data_fingerprint="", tokenizer_fingerprint=""
-                ),
-                directory=Path(folder),
-                documents=documents,
-                validation=documents.select(np.arange(2)),
-                own_validation=np.arange(2),
-                model=self.model(case),
-                schedule=BatchSchedule(documents.lengths, recipe, total_steps=10**6),
-                checkpoint=None,
-                joint_accuracy=lambda step, scores: None,
-                num_parts=1,
-                spent_seconds=0.0,
-                later_steps=lambda step: 0,
-                on_recipe=lambda recipe: None,
-                on_saved=lambda: None,
-            )
-            steps = train_steps(
-                job,
-                recipe,
-                accelerator=build_accelerator(recipe),
-                gpu=self.gpu,
-                stop=StopRequest(handle_signals=False),
-                progress=TrainProgress(shown=False, quiet=True),
-                log=lambda row: None,
-            )
-            try:
-                yield steps
-            finally:
-                steps.close()
+        return optimizer_steps(
+            self.model(case), documents, self.recipe(case), total_steps=10**6, gpu=self.gpu
+        )
 
     def _ours(self, case: Case, documents: TokenizedDocuments, clock: Clock) -> int:
         tokens = 0
         with self._steps(case, documents) as steps:
-            micro_batch = next(steps)
             while True:
-                if clock.num_steps >= 0:
-                    tokens += len(micro_batch.tensors[1])  # the targets
-                last = micro_batch.last
-                following = steps.send(micro_batch.run())
-                if last and clock.step_is_queued():
+                measured = clock.num_steps >= 0
+                num_targets = next(steps)
+                if measured:
+                    tokens += num_targets
+                if clock.step_is_queued():
                     return tokens
-                micro_batch = following
 
     def _trainer(self, case: Case, documents: TokenizedDocuments, clock: Clock) -> int:
         from transformers import (
@@ -612,27 +564,18 @@ class Bench:
         on_gpu = self.device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
         with self._steps(case, self.documents(case.lengths)) as steps:
-            micro_batch = next(steps)
-
-            def step() -> None:
-                nonlocal micro_batch
-                last = False
-                while not last:
-                    last = micro_batch.last
-                    micro_batch = steps.send(micro_batch.run())
-
             for _ in range(_WARM_UP_STEPS):
-                step()
+                next(steps)
             synchronize(self.device)
             started = time.monotonic()
             for _ in range(5):
-                step()
+                next(steps)
             synchronize(self.device)
             # Without the profiler, under which the host is several times slower.
             wall_seconds = (time.monotonic() - started) / 5
             with profile(activities=activities) as profiler:
                 for _ in range(3):
-                    step()
+                    next(steps)
                 synchronize(self.device)
         seconds: dict[str, float] = {}
         for event in profiler.events():

@@ -13,9 +13,8 @@ import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,20 +22,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from one_training import optimizer_steps
 
 from accel_gpt2.data.batching import split_micro_batches
 from accel_gpt2.data.tokenized import TokenizedDocuments
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.causal import LanguageModel
-from accel_gpt2.train.checkpoint import Identity
-from accel_gpt2.train.loop import ClassTraining, train_steps
 from accel_gpt2.train.model import build_model
 from accel_gpt2.train.objective import to_device
 from accel_gpt2.train.optim import build_optimizer, learning_rate_at
-from accel_gpt2.train.processes import build_accelerator
-from accel_gpt2.train.progress import TrainProgress
 from accel_gpt2.train.schedule import BatchSchedule
-from accel_gpt2.train.stopping import StopRequest
 
 MOST_OVERHEAD = 0.02
 _STEPS_OF_A_TURN = 5
@@ -118,11 +113,8 @@ def compare(size: Size, rounds: int) -> tuple[list[float], list[float]]:
     documents = _documents(size, steps=_STEPS_OF_A_TURN * (rounds + 3))
     models = [_language_model(recipe, size) for _ in range(2)]
     turns: tuple[list[float], list[float]] = ([], [])
-    with tempfile.TemporaryDirectory() as folder:
-        steppers = (
-            _ours(models[0], documents, recipe, Path(folder)),
-            _plain(models[1], documents, recipe),
-        )
+    with optimizer_steps(models[0], documents, recipe, total_steps=_TOTAL_STEPS) as ours:
+        steppers = (ours, _plain(models[1], documents, recipe))
         for number in range(rounds + 2):
             for stepper, seconds in zip(steppers, turns, strict=True):
                 started = time.process_time()
@@ -130,8 +122,6 @@ def compare(size: Size, rounds: int) -> tuple[list[float], list[float]]:
                     next(stepper)
                 if number >= 2:  # before that memory is taken
                     seconds.append(time.process_time() - started)
-        for stepper in steppers:
-            stepper.close()
     for (name, mine), its in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-6, msg=name)
     return turns
@@ -158,48 +148,9 @@ def _documents(size: Size, *, steps: int) -> TokenizedDocuments:
     )
 
 
-def _ours(
-    model: LanguageModel, documents: TokenizedDocuments, recipe: TrainRecipe, folder: Path
-) -> Generator[None, None, None]:
-    """One step of our loop at a time."""
-    job = ClassTraining(
-        identity=Identity(
-            class_index=0, class_name="all", data_fingerprint="", tokenizer_fingerprint=""
-        ),
-        directory=folder,
-        documents=documents,
-        validation=documents.select(np.arange(2)),
-        own_validation=np.arange(2),
-        model=model,
-        schedule=BatchSchedule(documents.lengths, recipe, total_steps=_TOTAL_STEPS),
-        checkpoint=None,
-        joint_accuracy=lambda step, scores: None,
-        num_parts=1,
-        spent_seconds=0.0,
-        later_steps=lambda step: 0,
-        on_recipe=lambda recipe: None,
-        on_saved=lambda: None,
-    )
-    steps = train_steps(
-        job,
-        recipe,
-        accelerator=build_accelerator(recipe),
-        gpu=None,
-        stop=StopRequest(handle_signals=False),
-        progress=TrainProgress(shown=False, quiet=True),
-        log=lambda row: None,
-    )
-    micro_batch = next(steps)
-    while True:
-        last = micro_batch.last
-        micro_batch = steps.send(micro_batch.run())
-        if last:
-            yield
-
-
 def _plain(
     model: LanguageModel, documents: TokenizedDocuments, recipe: TrainRecipe
-) -> Generator[None, None, None]:
+) -> Iterator[None]:
     """The same steps in plain torch: what anybody would write, with our batches and our model."""
     optimizer = build_optimizer(model, recipe)
     parameters = list(model.parameters())

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from results import say
 
 from accel_gpt2.classify.fit import fit
 from accel_gpt2.recipe import Layer, resolve
@@ -97,18 +98,18 @@ def _table(options: argparse.Namespace, directory: Path) -> int:
     settings = {**SETTINGS, "model": options.model, "max_steps": options.steps}
     references: dict[str, Curve] = {}
     largest = 0.0
-    _write("| recipe | validation | difference | on the way | seconds |")
-    _write("|---|---|---|---|---|")
+    say("| recipe | validation | difference | on the way | seconds |")
+    say("|---|---|---|---|---|")
     for name in options.rows:
         changes, shared = ROWS[name]
         key = "fp32 AdamW" + "".join(f", {k}={v:g}" for k, v in shared.items())
         if key not in references:
             curve = references[key] = _train({**settings, **shared}, directory / key)
-            _write(f"| {key} | {curve.validation_bits:.4f} | | | {curve.seconds:.0f} |")
+            say(f"| {key} | {curve.validation_bits:.4f} | | | {curve.seconds:.0f} |")
         curve = _train({**settings, **changes}, directory / name)
         end, way = curve.differences(references[key])
         largest = max(largest, abs(end), way)
-        _write(
+        say(
             f"| {name} | {curve.validation_bits:.4f} | {end:+.2%} | {way:.2%} | "
             f"{curve.seconds:.0f} |"
         )
@@ -123,11 +124,6 @@ def _train(values: Mapping[str, Any], directory: Path) -> Curve:
     assert len(losses) == values["max_steps"], f"{len(losses)} losses in {directory}"
     bits = [row["validation_bits_per_token"] for row in rows if row["event"] == "evaluate"][-1]
     return Curve(losses=losses, validation_bits=bits, seconds=time.monotonic() - started)
-
-
-def _write(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

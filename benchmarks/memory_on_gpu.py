@@ -15,7 +15,6 @@ Exit code 1 when a peak is predicted more than 3% wrong, or more than 1% too low
 should fit 16 GB did not.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import gc
@@ -34,6 +33,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from gpu_options import gpu_options, is_there
+from results import say
 
 from accel_gpt2.catalog.gpus import find_gpu
 from accel_gpt2.catalog.models import MODELS, ModelSpec
@@ -260,19 +261,12 @@ class Measured:
 
 def main() -> int:
     """Measure, write the table, and say whether the bars are held."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--sizes", choices=("all", "tiny"), default="all")
-    parser.add_argument("--seconds", type=float, default=540.0)
-    parser.add_argument(
-        "--output", type=Path, default=Path(os.environ.get("OUT", "docs/benchmarks"))
-    )
+    parser = gpu_options(__doc__, seconds=540.0)
     options = parser.parse_args()
     # As `accel-gpt2 train` has it, by its newer name and its older one; read at the first tensor.
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         os.environ.setdefault(name, "expandable_segments:True")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        say(f"torch {torch.__version__} sees no GPU; give --device cpu --sizes tiny to rehearse.")
+    if not is_there(options.device):
         return 2
     device = torch.device(options.device)
     profile = _profile(device)
@@ -296,12 +290,6 @@ def main() -> int:
     path = _write(options.output, device, profile, measured, left_out)
     say(f"wrote {path}")
     return 1 if any(result.misses for result in measured) else 0
-
-
-def say(text: str) -> None:
-    """A line for who waits."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 def _profile(device: torch.device) -> HardwareProfile:

@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from gpu_options import gpu_options, is_there
+from results import say
 
 from accel_gpt2.catalog.gpus import find_gpu
 from accel_gpt2.catalog.models import MODELS
@@ -50,21 +52,14 @@ _MICRO_BATCHES = 2
 
 def main() -> int:
     """Measure, write the table, and say whether the plans hold."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--sizes", choices=("all", "tiny"), default="all")
-    parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument(
-        "--output", type=Path, default=Path(os.environ.get("OUT", "docs/benchmarks"))
-    )
+    parser = gpu_options(__doc__, seconds=120.0)
     parser.add_argument("--measure", nargs=2, metavar=("MODEL", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         model, file = options.measure
         Path(file).write_text(json.dumps(_measure(model)), "utf-8")
         return 0
-    if options.device == "cuda" and not torch.cuda.is_available():
-        say(f"torch {torch.__version__} sees no GPU; give --device cpu --sizes tiny to rehearse.")
+    if not is_there(options.device):
         return 2
     profile = _profile(options.device)
     rows, left_out = [], []
@@ -81,12 +76,6 @@ def main() -> int:
         say(_row(rows[-1]))
     say(f"wrote {_write(options.output, profile, rows, left_out)}")
     return 1 if any(row["resident_bytes"] > row["planned_host_bytes"] for row in rows) else 0
-
-
-def say(text: str) -> None:
-    """A line for who waits."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 def _profile(device: str) -> HardwareProfile:

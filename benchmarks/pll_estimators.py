@@ -12,11 +12,11 @@ probability that the estimates' difference keeps its sign. Prints Markdown.
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from results import say
 from scipy.stats import norm
 
 from accel_gpt2.classify.run import Run, open_run
@@ -41,7 +41,7 @@ def main() -> None:
     documents = _documents(run, options.documents)
     token_values = [_token_values(run, index, documents) for index in range(len(run.finals))]
     full = np.array([[values.sum() for values in of_class] for of_class in token_values]).T
-    _write(
+    say(
         f"{len(documents)} documents of {run.recipe.dataset}, {run.recipe.model} per class, "
         f"{run.recipe.mask_fraction:.0%} of the tokens masked at once\n\n"
         "| estimate | draws | accuracy | ± standard error |\n|---|---|---|---|"
@@ -58,12 +58,7 @@ def main() -> None:
 
 def _row(name: str, draws: str, right: np.ndarray) -> None:
     error = np.sqrt(right.mean() * (1 - right.mean()) / len(right))
-    _write(f"| {name} | {draws} | {right.mean():.3f} | {error:.3f} |")
-
-
-def _write(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    say(f"| {name} | {draws} | {right.mean():.3f} | {error:.3f} |")
 
 
 def _documents(run: Run, count: int) -> TokenizedDocuments:

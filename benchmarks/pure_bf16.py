@@ -16,12 +16,12 @@ import argparse
 import copy
 import dataclasses
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from results import say
 
 from accel_gpt2.classify.prepare import prepare_data
 from accel_gpt2.data.batching import collate
@@ -68,8 +68,8 @@ def main() -> None:
         start = model
         if part == "tuning":
             _, start = _train(model, _of_class(data.train, 0), scratch, "fp32", options)
-        _write(f"\n{part}\n\n| optimizer | weights | held-out | difference | on the way |")
-        _write("|---|---|---|---|---|")
+        say(f"\n{part}\n\n| optimizer | weights | held-out | difference | on the way |")
+        say("|---|---|---|---|---|")
         for optimizer in options.optimizers:
             reference: Curve | None = None
             for rounding in ROUNDINGS:
@@ -85,7 +85,7 @@ def main() -> None:
                 curve = Curve(losses=losses, held_out_bits=bits)
                 reference = reference or curve
                 end, way = curve.differences(reference)
-                _write(f"| {optimizer} | {rounding} | {bits:.4f} | {end:+.2%} | {way:.2%} |")
+                say(f"| {optimizer} | {rounding} | {bits:.4f} | {end:+.2%} | {way:.2%} |")
 
 
 def _of_class(documents: TokenizedDocuments, label: int) -> TokenizedDocuments:
@@ -164,11 +164,6 @@ def _bits_per_token(model: LanguageModel, documents: TokenizedDocuments) -> floa
     first = [documents.document(index) for index in range(min(200, len(documents.lengths)))]
     nats = -model.eval().score(first, torch.device("cpu")).sum().item()
     return nats / math.log(2) / sum(len(document) - 1 for document in first)
-
-
-def _write(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

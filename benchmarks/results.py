@@ -10,6 +10,12 @@ import sys
 from pathlib import Path
 
 
+def say(text: str) -> None:
+    """A line for who waits."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
 class Page:
     """A Markdown page that is whole after every line."""
 
@@ -23,14 +29,13 @@ class Page:
         self.add(
             f"# {title}\n\n`{shlex.join(['python', f'benchmarks/{Path(program).name}', *options])}`"
             f", {today}, at {_commit()}.\n\nPython {platform.python_version()}, {versions}; "
-            f"{_processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start.\n"
+            f"{processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start.\n"
         )
 
     def add(self, text: str) -> None:
         """A line, or several."""
         self._text += f"{text}\n"
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
+        say(text)
         self.path.write_text(self._text, encoding="utf-8")
 
     def bar(self, claim: str, value: float, bar: float, *, at_most: bool = False) -> None:
@@ -53,7 +58,8 @@ def _commit() -> str:
     return found.stdout.strip() or "no commit"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of this machine's CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -12,7 +12,6 @@ with the base read once or four times. Prints Markdown.
 import argparse
 import itertools
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from results import say
 from torch import Tensor
 
 from accel_gpt2.catalog.models import ModelSpec
@@ -56,26 +56,26 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bases = {shape: _save_base(Path(folder), shape) for shape in dict(SHAPES)}
-        _write(
+        say(
             f"{NUM_CLASSES} adapters of rank 16, {torch.get_num_threads()} threads, "
             f"medians of {options.blocks} blocks\n\n"
             "| layers x width | micro batch | one after another, tokens/s | in turn | stacked |"
             "\n|---|---|---|---|---|"
         )
         for shape, batch in SHAPES:
-            _write(_speed(bases[shape], shape, batch, options.blocks, options.steps))
-        _write(
+            say(_speed(bases[shape], shape, batch, options.blocks, options.steps))
+        say(
             "\n| layers x width | one model | four apart | on one base | planned for a class more "
             "| held by a class more |\n|---|---|---|---|---|---|"
         )
         for shape in bases:
-            _write(_memory(bases[shape], shape))
-        _write(
+            say(_memory(bases[shape], shape))
+        say(
             "\n| layers x width | seconds, base read four times | once | bytes of four models, "
             "four bases | one |\n|---|---|---|---|---|"
         )
         for shape in bases:
-            _write(_scoring(bases[shape], shape))
+            say(_scoring(bases[shape], shape))
 
 
 def _recipe(model: Path | str, **changes: Any) -> TrainRecipe:
@@ -265,11 +265,6 @@ def _scoring(base: Path, shape: tuple[int, int, int]) -> str:
 
 def _mib(num_bytes: float) -> str:
     return f"{num_bytes / 2**20:.1f} MiB"
-
-
-def _write(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ def _model(recipe: TrainRecipe) -> TrainedModel:
         own = dataclasses.replace(recipe, model=directory)
         model = build_model(own, vocab_size=_VOCAB_SIZE, eos_token_id=_VOCAB_SIZE - 1)
     model.to(_DEVICE).train()
-    model.pack_rows(recipe, _DEVICE)
+    model.pack_rows(recipe)
     return model
 
 

@@ -36,6 +36,7 @@ from typing import Any
 
 from peers import child
 from peers.workload import Workload
+from results import processor
 
 from accel_gpt2.plan.flops import train_flops_per_token
 
@@ -173,7 +174,7 @@ def main() -> int:
     results: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", *sys.argv]),
-        "machine": _machine(),
+        "machine": f"{processor()}, {os.cpu_count()} cores",
         "versions": _versions(),
         "layers": options.layers,
         "width": options.width,
@@ -460,14 +461,6 @@ def _bar(ratio: float, bar: float | None) -> str:
     if bar is None:
         return ""
     return f"{bar:g}: " + ("met" if ratio >= bar else f"missed by {1 - ratio / bar:.0%}")
-
-
-def _machine() -> str:
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
-    return f"{model}, {os.cpu_count()} cores"
 
 
 def _versions() -> dict[str, str]:

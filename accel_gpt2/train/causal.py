@@ -24,8 +24,8 @@ class LanguageModel(TransformersModel):
         super().__init__(model)
         self.loss_chunk_tokens = loss_chunk_tokens
 
-    def pack_rows(self, recipe: TrainRecipe, device: torch.device) -> None:
-        self.packed = rows_are_packed(recipe, self.transformers_model, device)
+    def pack_rows(self, recipe: TrainRecipe) -> None:
+        self.packed = rows_are_packed(recipe, self.transformers_model)
         if self.packed:
             use_packed_attention(self.transformers_model)
 

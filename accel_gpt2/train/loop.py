@@ -181,7 +181,7 @@ def train_steps(
     if checkpoint is not None and job.checkpoint is not None:
         job.model.load_trainable_state(checkpoint.weights, job.checkpoint)
     plain_model = job.model
-    plain_model.pack_rows(recipe, device)
+    plain_model.pack_rows(recipe)
     backend = build_backend(accelerator, plain_model, recipe)
     # Dropout must differ between ranks; nothing else in the loop draws random numbers.
     torch.manual_seed(recipe.seed + 1_000_003 * (rank + 1))

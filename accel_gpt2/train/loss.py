@@ -161,9 +161,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     error *= counts
                 if grad_bias is not None:
                     grad_bias += error.sum(dim=0)
-                error = logits.copy_(
-                    error
-                )  # in the type of products, and in rows of aligned length
+                # In the type of the products, and in rows of aligned length.
+                error = logits.copy_(error)
                 if grad_hidden is not None:
                     grad_hidden[start:stop] = _product(error, head)
                 if grad_weight is not None:

@@ -50,7 +50,7 @@ class TrainedModel(nn.Module, ABC):
     # Whether `collate` puts a training batch's documents into one row, without padding.
     packed: bool = False
 
-    def pack_rows(self, recipe: TrainRecipe, device: torch.device) -> None:
+    def pack_rows(self, recipe: TrainRecipe) -> None:
         """Settle before a training whether its rows are packed: only a language model's can be.
 
         Raises:

@@ -119,7 +119,7 @@ def _has_varlen(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FIRST_WITH_FLASH
 
 
-def rows_are_packed(recipe: TrainRecipe, model: Any, device: torch.device) -> bool:
+def rows_are_packed(recipe: TrainRecipe, model: Any) -> bool:
     """Whether the recipe's training of this language model packs its rows.
 
     `auto` packs nothing yet: on a CPU micro batches of neighbouring lengths are as fast

@@ -46,7 +46,7 @@ def _transformers_model(family: str, **options: Any) -> Any:
 
 def _language_model(family: str = "gpt2", **options: Any) -> LanguageModel:
     model = LanguageModel(_transformers_model(family, **options), loss_chunk_tokens=7)
-    model.pack_rows(TrainRecipe(packing="on"), CPU)
+    model.pack_rows(TrainRecipe(packing="on"))
     return model
 
 
@@ -161,15 +161,15 @@ def test_who_packs() -> None:
     """`auto` leaves a CPU alone; what is asked for and cannot be had is refused with the reason."""
     recipe = TrainRecipe(packing="auto", mixed_precision="bf16", dropout=0.0)
     model = _transformers_model("gpt2")
-    assert not rows_are_packed(recipe, model, CPU)
+    assert not rows_are_packed(recipe, model)
     asked = dataclasses.replace(recipe, packing="on")
-    assert rows_are_packed(asked, model, CPU)
+    assert rows_are_packed(asked, model)
     with pytest.raises(
         UserError, match=r"packing = 'on': adapters on a shared base .* packing=off"
     ):
-        rows_are_packed(dataclasses.replace(asked, placement="shared-base"), model, CPU)
+        rows_are_packed(dataclasses.replace(asked, placement="shared-base"), model)
     with pytest.raises(UserError, match=r"OPTForCausalLM is not of a family .*packing=off"):
-        rows_are_packed(asked, _transformers_model("opt", ffn_dim=64), CPU)
+        rows_are_packed(asked, _transformers_model("opt", ffn_dim=64))
 
 
 def test_an_exported_model_is_transformers_own(tmp_path: Any) -> None:
