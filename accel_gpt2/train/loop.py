@@ -24,6 +24,7 @@ from accel_gpt2.plan.flops import peak_flops_per_second
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.backend import Backend, MicroBatch, build_backend
 from accel_gpt2.train.calibration import TrainedHere, record_training
+from accel_gpt2.train.casts import casts_kept
 from accel_gpt2.train.checkpoint import (
     Identity,
     TrainState,
@@ -439,19 +440,22 @@ def train_steps(
         learning_rate = learning_rate_at(state.step, schedule.total_steps, recipe)
         for group in backend.optimizer.param_groups:
             group["lr"] = learning_rate
-        micro_batch_losses = []
-        for prepared in micro_batches:
-            with products_in_tf32(recipe):
-                loss = yield MicroBatch(
-                    backend=backend,
-                    tensors=tuple(x.to(device, non_blocking=True) for x in prepared.tensors),
-                    # Gradients are averaged over ranks, so their sum is world_size times that.
-                    scale=world_size / prepared.batch_targets,
-                    last=prepared.last,
-                )
-            micro_batch_losses.append(MicroBatchLoss(documents=prepared.documents, loss=loss))
-            if prepared.last:
-                break
+        micro_batch_losses: list[MicroBatchLoss] = []
+        with contextlib.ExitStack() as in_step:
+            for prepared in micro_batches:
+                if not (prepared.last or micro_batch_losses):
+                    in_step.enter_context(casts_kept(recipe))
+                with products_in_tf32(recipe):
+                    loss = yield MicroBatch(
+                        backend=backend,
+                        tensors=tuple(x.to(device, non_blocking=True) for x in prepared.tensors),
+                        # Gradients are averaged over ranks: their sum is world_size times that.
+                        scale=world_size / prepared.batch_targets,
+                        last=prepared.last,
+                    )
+                micro_batch_losses.append(MicroBatchLoss(documents=prepared.documents, loss=loss))
+                if prepared.last:
+                    break
         update_norm = backend.update(recipe.max_grad_norm or math.inf)
         state.step += 1
         state.batch += 1

@@ -1,5 +1,6 @@
 """Training end to end: the run directory, exact resume, accumulation, LoRA, signals, refusals."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,6 +19,9 @@ from accel_gpt2.classify.prepare import prepare_data
 from accel_gpt2.classify.run import open_run
 from accel_gpt2.data.batching import epoch_batches
 from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
+from accel_gpt2.recipe import TrainRecipe
+from accel_gpt2.train import loop
+from accel_gpt2.train.casts import casts_kept
 from accel_gpt2.train.checkpoint import list_checkpoints
 from accel_gpt2.train.manifest import verify
 from accel_gpt2.train.model import build_model
@@ -171,6 +175,25 @@ def test_bf16_autocast_learns_and_keeps_fp32_weights(texts_file: Path, tmp_path:
     assert of_class[-1] < of_class[0] - 0.3
     for weights in final_weights(tmp_path / "run"):
         assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_bf16_keeps_its_casts_within_a_step_alone(
+    texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of several micro batches train the same bits as with copies of each one's own."""
+    kept: list[int] = []
+
+    def counting(recipe: TrainRecipe) -> contextlib.AbstractContextManager[None]:
+        kept.append(1)
+        return casts_kept(recipe)
+
+    options: dict[str, Any] = {"mixed_precision": "bf16", "max_steps": 3, "micro_batch_tokens": 60}
+    monkeypatch.setattr(loop, "casts_kept", counting)
+    fit(resolve_tiny(texts_file, **options), tmp_path / "run", quiet=True)
+    assert len(kept) == 9  # steps of three classes
+    monkeypatch.setattr(loop, "casts_kept", lambda recipe: contextlib.nullcontext())
+    fit(resolve_tiny(texts_file, **options), tmp_path / "other", quiet=True)
+    assert_close_models(tmp_path / "run", tmp_path / "other", rtol=0)
 
 
 def test_fp16_without_a_gpu_is_refused(texts_file: Path, tmp_path: Path) -> None:
