@@ -97,7 +97,7 @@ def refresh_prices(
         except UserError as error:
             failures.append(str(error))
     if failures or not found:
-        reasons = failures or not_set_up
+        reasons = [*failures, *not_set_up]
         raise UserError("\n".join([*reasons, "No price was refreshed; what was known stays."]))
     asked = merged(*found.values())
     jumps = _jumps(known, asked)

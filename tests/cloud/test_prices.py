@@ -383,6 +383,8 @@ def test_all_of_it_or_nothing() -> None:
     assert prices_path().read_bytes() == before
     with pytest.raises(UserError, match=r"other needs a key.\nNo price was refreshed"):
         refresh_prices({"b": not_set_up}, today=TODAY)
+    with pytest.raises(UserError, match=r"other cannot be reached.*\nother needs a key.\nNo price"):
+        refresh_prices({"b": not_set_up, "c": failing}, today=TODAY)
     with pytest.raises(UserError, match="and has no price of a GPU that the catalog knows"):
         refresh_prices({"a": giving()}, today=TODAY)
     with pytest.raises(UserError, match=r"\$700 an hour is no price of a GPU"):
