@@ -113,7 +113,7 @@ def make_plan(
     profile = planned_profile(asked.profile, detect)
     directory = options.output_dir or default_run_directory(asked)
     kept = kept_choices(directory, profile, resume=options.resume)
-    strategy = asked_strategy(options.strategy, profile)
+    strategy = asked_strategy(options.strategy, profile, profile_name=asked.profile)
     made = plan_here([*kept, *given], profile, prefer=prefer, depth=depth, strategy=strategy)
     if made is None:
         raise UsageError(

@@ -116,8 +116,14 @@ def kept_choices(
     return (Layer(origin=str(path), values=values),)
 
 
-def asked_strategy(name: str, profile: HardwareProfile) -> ShardingStrategy | None:
+def asked_strategy(
+    name: str, profile: HardwareProfile, *, profile_name: str
+) -> ShardingStrategy | None:
     """The strategy that `--strategy` asks for; None where it leaves it to the plan.
+
+    Args:
+        profile: the one that is used.
+        profile_name: the one that was asked for, which may have GPUs that are not here.
 
     Raises:
         UsageError: when the profile has not as many GPUs as it takes.
@@ -127,9 +133,12 @@ def asked_strategy(name: str, profile: HardwareProfile) -> ShardingStrategy | No
     strategy = STRATEGIES[name]
     num_processes = max(1, profile.num_gpus)
     if num_processes < strategy.smallest_world_size:
+        there = f"profile {profile.name} has {profile.num_gpus}"
+        if profile_name not in {"auto", profile.name}:
+            there = f"of the GPUs of profile {profile_name} none can be used here"
         raise UsageError(
             f"--strategy {name} spreads a model over {strategy.smallest_world_size} GPUs or more, "
-            f"and profile {profile.name} has {profile.num_gpus}: give --strategy single."
+            f"and {there}: give --strategy single."
         )
     return strategy
 

@@ -99,7 +99,9 @@ def choose(
     profile = choose_profile(asked.recipe.profile, hardware)
     # By what was asked for: what a plan chooses may be another choice tomorrow.
     run_directory = options.output_dir or default_run_directory(asked.recipe)
-    strategy = launched or asked_strategy(options.strategy, profile)
+    strategy = launched or asked_strategy(
+        options.strategy, profile, profile_name=asked.recipe.profile
+    )
     resolved, plan = asked, None
     warnings: list[str] = []
     if not is_own_recipe(options.recipe_file, options.output_dir):

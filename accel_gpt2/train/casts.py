@@ -12,9 +12,10 @@ from accel_gpt2.recipe import TrainRecipe
 def casts_kept(recipe: TrainRecipe) -> Iterator[None]:
     """Within it autocast keeps its copies of the weights from one forward pass to the next.
 
-    The weights must not change between those passes. Nothing is kept of a recipe with checkpointed blocks,
-    whose copies would stay through a backward pass that has no need of them, nor of adapters that
-    take turns on a shared base: torch has one cache for all models, and they are small.
+    The weights must not change between those passes. Nothing is kept of a recipe with checkpointed
+    blocks, whose copies would stay through a backward pass that has no need of them, nor of
+    adapters that take turns on a shared base: torch has one cache for all models, and they are
+    small.
     """
     if recipe.gradient_checkpointing or recipe.placement == "shared-base":
         yield

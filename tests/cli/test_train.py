@@ -202,6 +202,9 @@ def test_a_strategy_for_several_gpus_needs_them() -> None:
     given = dataclasses.replace(options(model="gpt2"), strategy="ddp")
     with pytest.raises(UsageError, match=r"--strategy ddp .* over 2 GPUs or more, and .* has 1: "):
         choose(given, detect=on(machine(SUPER)))
+    given = dataclasses.replace(options(model="gpt2", profile="2x-rtx4070ti"), strategy="zero3")
+    with pytest.raises(UsageError, match="GPUs of profile 2x-rtx4070ti none can be used here: "):
+        choose(given, detect=on(machine()))
 
 
 @pytest.mark.parametrize("launched", ["ddp", "single"])
