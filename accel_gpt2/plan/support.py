@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from accel_gpt2.catalog.strategies import STRATEGIES, ShardingStrategy
 from accel_gpt2.errors import UsageError
+from accel_gpt2.plan.compiling import compiling_problem
 from accel_gpt2.plan.placement import PLACEMENTS, Placement
 from accel_gpt2.recipe import Finetuning, TrainRecipe
 
@@ -109,6 +110,16 @@ _RULES: Sequence[tuple[_Applies, str, str]] = (
         "only adapters leave the base as it is",
         "--finetuning lora or --placement sequential",
     ),
+    (
+        lambda recipe, strategy, placement: placement == "shared-base" and recipe.compile == "on",
+        "adapters on a shared base change places in every step, and compiled blocks hold theirs",
+        "--set compile=off or --placement sequential",
+    ),
+    (
+        lambda recipe, strategy, placement: placement == "shared-base" and recipe.packing == "on",
+        "adapters on a shared base go through in rows of the same shape, and packed rows have none",
+        "--set packing=off or --placement sequential",
+    ),
 )
 
 
@@ -124,6 +135,9 @@ def refusal(
     for applies, reason, instead in _RULES:
         if applies(recipe, strategy, placement):
             return Refusal(reason=reason, instead=instead)
+    problem = compiling_problem(recipe, strategy) if recipe.compile == "on" else None
+    if problem is not None:
+        return Refusal(reason=f"compile = 'on': {problem}", instead="--set compile=off")
     return None
 
 

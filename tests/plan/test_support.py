@@ -1,15 +1,17 @@
 """What goes together: the rules, what they say to type instead, and their page."""
 
+import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from accel_gpt2.catalog.strategies import STRATEGIES
 from accel_gpt2.errors import UsageError
-from accel_gpt2.plan.placement import PLACEMENTS
+from accel_gpt2.plan.placement import PLACEMENTS, Placement
 from accel_gpt2.plan.support import VARIANTS, Refusal, check_supported, refusal, support
-from accel_gpt2.recipe import Layer, resolve
+from accel_gpt2.recipe import Layer, TrainRecipe, resolve
 from accel_gpt2.render.support import support_markdown
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +68,25 @@ def test_a_training_is_refused_in_one_sentence() -> None:
     with pytest.raises(UsageError, match=r"with fsdp2: .* DTensors; give --optimizer adamw or"):
         check_supported(recipe, STRATEGIES["fsdp2"])
     check_supported(recipe, STRATEGIES["ddp"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "strategy", "placement", "said"),
+    [
+        ({"compile": "on"}, "zero3", "sequential", "gathers weights .* give --set compile=off"),
+        ({"compile": "on"}, "single", "shared-base", "change places .* give --set compile=off"),
+        ({"packing": "on"}, "single", "shared-base", "rows of the same .* --set packing=off"),
+    ],
+)
+def test_compiling_and_packing_are_refused_before_loading(
+    changes: dict[str, Any], strategy: str, placement: Placement, said: str
+) -> None:
+    """What the plan chooses by itself (`auto`) is nothing to refuse."""
+    recipe = TrainRecipe(finetuning="lora", **changes)
+    with pytest.raises(UsageError, match=said):
+        check_supported(recipe, STRATEGIES[strategy], placement)
+    chosen = dataclasses.replace(recipe, **dict.fromkeys(changes, "auto"))
+    check_supported(chosen, STRATEGIES[strategy], placement)
 
 
 def test_one_base_is_not_spread_over_processes() -> None:
