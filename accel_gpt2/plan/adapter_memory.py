@@ -39,18 +39,31 @@ _NF4_TRANSIENTS = {
     (2, True, True, True): (44, 24, 23, 12),
 }
 
-# With DoRA, by compute width, autocast and checkpointing: forward, backward; and in an evaluation,
-# by the first two. Each is the larger of two sums, in bytes an element of the hidden state and of
-# d^2: where a norm is taken there is the adapter's matrix as large as the weights', made from one
-# as large as the identity. With all four projections adapted.
-_DoraBytes = tuple[tuple[float, float], tuple[float, float]]
-_DORA_TRANSIENTS: dict[tuple[int, bool, bool], tuple[_DoraBytes, _DoraBytes]] = {
-    (4, False, False): (((0, 112.6), (24.5, 57)), ((20, 1), (20, 1))),
-    (4, False, True): (((32.6, 80), (108, 16)), ((4, 112.4), (32, 20))),
-    (2, False, False): (((0, 56.4), (12.3, 28.4)), ((10, 0.5), (10, 0.5))),
-    (2, False, True): (((16.3, 40), (54, 8)), ((2, 56.2), (16, 10))),
-    (2, True, False): (((18, 104.5), (44, 49)), ((50, -7.5), (50, -7.5))),
-    (2, True, True): (((36, 96), (90, 16)), ((28, 104.3), (46.7, 44.5))),
+# With DoRA, each the largest of some sums, in bytes an element of the hidden state and of d^2:
+# where a norm is taken there is the adapter's matrix as large as the weights', made from one as
+# large as the identity. With all four projections adapted. By compute width and autocast, and the
+# forward pass by checkpointing, what is recomputed by dropout: its fullest moment is another then.
+_DoraBytes = tuple[tuple[float, float], ...]
+_DORA_FORWARD: dict[tuple[int, bool, bool], _DoraBytes] = {
+    (4, False, False): ((0, 112.6), (24.5, 57)),
+    (4, False, True): ((32.6, 80), (108, 16)),
+    (2, False, False): ((0, 56.4), (12.3, 28.4)),
+    (2, False, True): ((16.3, 40), (54, 8)),
+    (2, True, False): ((18, 104.5), (44, 49)),
+    (2, True, True): ((36, 96), (90, 16)),
+}
+_DORA_BACKWARD: dict[tuple[int, bool], _DoraBytes] = {
+    (4, False): ((20, 1),),
+    (2, False): ((10, 0.5),),
+    (2, True): ((50, -7.5),),
+}
+_DORA_RECOMPUTED: dict[tuple[int, bool, bool], _DoraBytes] = {
+    (4, False, False): ((4, 112.4), (16, 80.3), (32, 20)),
+    (4, False, True): ((-1, 112.4), (19, 80.3), (27, 20)),
+    (2, False, False): ((2, 56.2), (8, 40.2), (16, 10)),
+    (2, False, True): ((-1, 56.2), (9, 40.2), (13, 10)),
+    (2, True, False): ((28, 104.3), (46, 48.2)),
+    (2, True, True): ((19, 104.3), (45, 48.2)),
 }
 _DORA_EVALUATION: dict[tuple[int, bool], _DoraBytes] = {
     (4, False): ((44, 80), (116, 18.5)),
@@ -68,13 +81,15 @@ def adapter_transients(step: Gpt2Step, *, checkpointed: bool) -> tuple[float, fl
     forward_drop = 0 if checkpointed else -drop
     backward_drop = drop if checkpointed and step.autocast else -drop
     if recipe.use_dora:
-        transients = _DORA_TRANSIENTS[step.compute, step.autocast, checkpointed]
+        kind = step.compute, step.autocast
         dequantised = 4 * step.model.n_embd**2 * step.compute
         matrix = dequantised if recipe.finetuning == "qlora" else 0
-        return (
-            _dora_bytes(step, transients[0]) + forward_drop * step.nd + matrix,
-            _dora_bytes(step, transients[1]) + backward_drop * step.nd + matrix,
-        )
+        forward = _dora_bytes(step, _DORA_FORWARD[*kind, checkpointed]) + forward_drop * step.nd
+        if checkpointed:
+            backward = _dora_bytes(step, _DORA_RECOMPUTED[*kind, recipe.dropout > 0])
+        else:
+            backward = _dora_bytes(step, _DORA_BACKWARD[kind]) - drop * step.nd
+        return forward + matrix, backward + matrix
     if recipe.finetuning == "lora":
         forward, backward = _ADAPTER_TRANSIENTS[key]
         return (forward + forward_drop) * step.nd, (backward + backward_drop) * step.nd
@@ -86,8 +101,8 @@ def adapter_transients(step: Gpt2Step, *, checkpointed: bool) -> tuple[float, fl
     )
 
 
-def _dora_bytes(step: Gpt2Step, alternatives: _DoraBytes) -> float:
-    return max(each * step.nd + more * step.model.n_embd**2 for each, more in alternatives)
+def _dora_bytes(step: Gpt2Step, sums: _DoraBytes) -> float:
+    return max(each * step.nd + more * step.model.n_embd**2 for each, more in sums)
 
 
 def dora_evaluation_bytes(step: Gpt2Step) -> float:

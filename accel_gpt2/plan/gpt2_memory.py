@@ -249,9 +249,8 @@ def _evaluation(step: Gpt2Step) -> list[MemoryTerm]:
         if step.autocast and step.full
         else 0
     )
-    rows = min(step.recipe.loss_chunk_tokens, step.tokens) * step.model.n_embd
-    head = 4 * (step.head + rows) if width == 2 else 0
-    scoring = head + 4 * step.chunk_logits + width * step.nd
+    in_fp32 = 4 * (step.head + step.nd) if width == 2 else 0
+    scoring = in_fp32 + 4 * step.chunk_logits + width * step.nd
     in_blocks = float(per_token * step.nd)
     if step.recipe.use_dora:
         in_blocks = dora_evaluation_bytes(step)
@@ -262,7 +261,7 @@ def _evaluation(step: Gpt2Step) -> list[MemoryTerm]:
         term(
             "scoring",
             max(scoring, in_blocks),
-            "a chunk's fp32 logits and an fp32 head, or what a block has in hand",
+            "fp32 logits of a chunk, head and hidden states, or what a block has in hand",
         ),
     ]
 

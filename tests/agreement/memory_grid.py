@@ -78,6 +78,8 @@ _OPTIONS: tuple[dict[str, object], ...] = (
      "lora_dropout": 0.0},
     {"mixed_precision": "bf16", "optimizer": "adamw_paged", "finetuning": "full"},
     {"mixed_precision": "pure_bf16", "optimizer": "adamw_8bit_paged", "finetuning": "full"},
+    {**_DORA, **_CHECKPOINTED, "mixed_precision": "pure_bf16", "tokens": 4096, "dropout": 0.1,
+     "lora_dropout": 0.0},
 )  # fmt: skip
 
 
