@@ -12,7 +12,7 @@ from .memory_grid import compare, configurations, options
 COUNT, N_LAYER = 64, 3
 
 # Of the peak. What is left are tensors of a few KiB, and formulas read off traces.
-LARGEST, MEAN = 0.02, 0.003
+LARGEST, MOST_TOO_LOW, MEAN = 0.02, 0.01, 0.003
 
 
 @pytest.mark.slow
@@ -26,6 +26,7 @@ def test_closed_form_and_trace_agree() -> None:
         errors[str(comparison.request)] = comparison.relative_error
     worst = max(errors, key=lambda key: abs(errors[key]))
     assert abs(errors[worst]) <= LARGEST, f"{errors[worst]:+.2%} in {worst}"
+    assert min(errors.values()) >= -MOST_TOO_LOW
     assert statistics.mean(map(abs, errors.values())) <= MEAN
 
 
@@ -33,8 +34,9 @@ def test_closed_form_and_trace_agree() -> None:
 def test_options_that_save_memory_agree_too() -> None:
     """Selective checkpointing, released gradients, DoRA and paged states, by the same bars."""
     comparisons = compare(options(n_layer=N_LAYER))
-    assert len(comparisons) == 14
+    assert len(comparisons) == 15
     errors = {str(x.request): x.relative_error for x in comparisons}
     worst = max(errors, key=lambda key: abs(errors[key]))
     assert abs(errors[worst]) <= LARGEST, f"{errors[worst]:+.2%} in {worst}"
+    assert min(errors.values()) >= -MOST_TOO_LOW
     assert statistics.mean(map(abs, errors.values())) <= MEAN
