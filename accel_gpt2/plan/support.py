@@ -4,6 +4,7 @@ One set of rules says it to the search, to whoever starts a training, and to the
 documents. What contradicts itself within a recipe alone is refused by `recipe.resolve`.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -111,11 +112,6 @@ _RULES: Sequence[tuple[_Applies, str, str]] = (
         "--finetuning lora or --placement sequential",
     ),
     (
-        lambda recipe, strategy, placement: placement == "shared-base" and recipe.compile == "on",
-        "adapters on a shared base change places in every step, and compiled blocks hold theirs",
-        "--set compile=off or --placement sequential",
-    ),
-    (
         lambda recipe, strategy, placement: placement == "shared-base" and recipe.packing == "on",
         "adapters on a shared base go through in rows of the same shape, and packed rows have none",
         "--set packing=off or --placement sequential",
@@ -135,9 +131,10 @@ def refusal(
     for applies, reason, instead in _RULES:
         if applies(recipe, strategy, placement):
             return Refusal(reason=reason, instead=instead)
-    problem = compiling_problem(recipe, strategy) if recipe.compile == "on" else None
-    if problem is not None:
-        return Refusal(reason=f"compile = 'on': {problem}", instead="--set compile=off")
+    if recipe.compile == "on":
+        problem = compiling_problem(dataclasses.replace(recipe, placement=placement), strategy)
+        if problem is not None:
+            return Refusal(reason=f"compile = 'on': {problem}", instead="--set compile=off")
     return None
 
 
