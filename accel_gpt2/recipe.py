@@ -7,13 +7,15 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
+import operator
 import os
 import re
+import types
 import typing
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -119,9 +121,7 @@ class TrainRecipe:
     max_grad_norm: Annotated[float, Ge(0)] = 1.0  # 0: no clipping
     mixed_precision: MixedPrecision = "no"
     bf16_rounding: Bf16Rounding = "stochastic"  # read by pure_bf16
-    tf32: bool = (
-        True  # read by mixed_precision "no" on Ampere and later: products of 10-bit factors
-    )
+    tf32: bool = True  # products of 10-bit factors; read by "no" on Ampere and later
     seed: Annotated[int, Ge(0), Lt(2**31)] = 0
     evaluate_every_steps: Count | None = None  # None: at the end of every epoch
 
@@ -199,10 +199,10 @@ class ResolvedRecipe:
 
 # Random weights want a far larger learning rate than published ones: GPT-3's for 125M parameters
 # (Brown et al. 2020, table 2.1), and its weight decay.
-_SCRATCH_DEFAULTS = MappingProxyType({"learning_rate": 6e-4, "weight_decay": 0.1})
+_SCRATCH_DEFAULTS = types.MappingProxyType({"learning_rate": 6e-4, "weight_decay": 0.1})
 
 # So do adapters, which start at zero: that of LoRA's own GPT-2 runs (Hu et al. 2021, table 11).
-_LORA_DEFAULTS = MappingProxyType({"learning_rate": 2e-4})
+_LORA_DEFAULTS = types.MappingProxyType({"learning_rate": 2e-4})
 
 
 def resolve(layers: Sequence[Layer]) -> ResolvedRecipe:
@@ -277,7 +277,7 @@ def _validated(
     problems: list[str] = []
     # Defaults are as they should be; to make a reader for each would take longer than to plan.
     for key, value in values.items():
-        if origins[key] != "default" and not _is_plain(key, value):
+        if origins[key] != "default" and not _is_plain(_kinds()[key], value):
             read[key], complaints = _strictly_read(key, value, origins)
             problems += complaints
     if problems:
@@ -302,13 +302,31 @@ def _strings(value: object) -> Iterator[str]:
 
 _LONGEST_NAME = 4096  # of a path, on most systems
 
+_LIMITS = types.MappingProxyType(
+    {Ge: operator.ge, Gt: operator.gt, Le: operator.le, Lt: operator.lt}
+)
 
-def _is_plain(key: str, value: object) -> bool:
-    """Whether a value needs no reader: text where any text is right, a switch, a choice's word."""
-    kind = _kinds()[key]
-    if typing.get_origin(kind) is Literal:
-        return isinstance(value, str) and value in typing.get_args(kind)
-    return kind in (str, bool) and type(value) is kind
+
+def _is_plain(kind: Any, value: object) -> bool:
+    """Whether a value is right and needs no reader, which takes longer to load than a plan does to
+    make: any text, a switch, a choice's word, a number within its limits.
+    """
+    match typing.get_origin(kind):
+        case typing.Literal:
+            return isinstance(value, str) and value in typing.get_args(kind)
+        case types.UnionType | typing.Union:
+            return any(_is_plain(part, value) for part in typing.get_args(kind))
+        case typing.Annotated:
+            bare, *limits = typing.get_args(kind)
+            return _is_plain(bare, value) and all(_is_within(limit, value) for limit in limits)
+    if kind is float:
+        return type(value) is float and math.isfinite(value)
+    return kind in (str, bool, int, types.NoneType) and type(value) is kind
+
+
+def _is_within(limit: Any, value: Any) -> bool:
+    (bound,) = dataclasses.astuple(limit)
+    return bool(_LIMITS[type(limit)](value, bound))
 
 
 def _strictly_read(key: str, value: object, origins: Mapping[str, str]) -> tuple[object, list[str]]:

@@ -1,12 +1,16 @@
 """Recipes: read strictly, laid over one another in order, written back exactly."""
 
 import dataclasses
+import json
 import math
+import re
+import typing
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.errors import UsageError
@@ -68,6 +72,37 @@ def test_the_last_named_model_brings_its_row() -> None:
     )
     assert resolved.recipe.init == "pretrained"
     assert resolved.recipe == dataclasses.replace(TrainRecipe(), model="gpt2-medium")
+
+
+@pytest.mark.parametrize("key", FIELDS)
+def test_a_value_is_taken_where_strict_reading_takes_it(key: str) -> None:
+    """What a recipe sees by itself to be right is what pydantic takes: at each limit and beside it,
+    and of each type that is another one.
+    """
+    kind = typing.get_type_hints(TrainRecipe, include_extras=True)[key]
+    reader: TypeAdapter[object] = TypeAdapter(
+        kind, config=ConfigDict(strict=True, allow_inf_nan=False)
+    )
+    limits = {0.0, *map(float, re.findall(r"\b[gl][te]=([\d.]+)", repr(kind)))}
+    numbers = [limit + step for limit in limits for step in (-1, -1e-9, 0, 1e-9, 1)]
+    numbers += [int(number) for number in numbers]
+    words = ["", "a", "auto", "no", "on", "pretrained", "nf4", "sequential"]
+    for value in [*numbers, *words, math.inf, -math.inf, math.nan, None]:
+        for given_value in (value, [value], True):
+            problem, found = "", None
+            try:
+                found = getattr(recipe_of(**{key: given_value}), key)
+            except UsageError as error:
+                problem = str(error)
+            try:
+                wanted = reader.validate_json(json.dumps(given_value))
+            except ValidationError:
+                assert problem.startswith(f"{key} = ")
+                assert "should be" in problem
+            else:
+                # Right by itself, it may still contradict another key.
+                assert "should be" not in problem
+                assert problem or (type(found), found) == (type(wanted), wanted)
 
 
 @pytest.mark.parametrize(
