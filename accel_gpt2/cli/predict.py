@@ -25,7 +25,7 @@ def predict(
     texts: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="TEXT", help="Texts to classify; - or nothing reads lines from stdin."
+            metavar="[TEXT]...", help="Texts to classify; - or nothing reads lines from stdin."
         ),
     ] = None,
     file: Annotated[
