@@ -29,6 +29,7 @@ from accel_gpt2.train.model import build_model
 from accel_gpt2.train.objective import to_device
 from accel_gpt2.train.processes import build_accelerator
 from accel_gpt2.train.progress import TrainProgress
+from accel_gpt2.train.scoring import tokens_at_once
 from accel_gpt2.train.throughput import peak_memory_bytes
 
 
@@ -160,8 +161,9 @@ def score_after_prompt(
     model.eval()
     scores = np.zeros(len(documents.lengths), dtype=np.float64)
     lengths = np.asarray(documents.lengths) + len(prompt)
+    budget = tokens_at_once(micro_batch_tokens, accelerator.device)
     done = 0
-    for indices in scoring_batches(lengths, micro_batch_tokens=micro_batch_tokens):
+    for indices in scoring_batches(lengths, micro_batch_tokens=budget):
         plain = [documents.document(int(i)).astype(np.int64) for i in indices]
         batch = collate([np.concatenate([x[:1], prompt, x[1:]]) for x in plain])
         valid = batch.valid.copy()

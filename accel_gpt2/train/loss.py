@@ -5,6 +5,7 @@ once. Here a chunk of rows exists at a time; its gradient is formed while it is 
 needs nothing from later layers.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch.autograd.function import once_differentiable
 # is one too. GPT-2's 50,257 words are 17 more than that: they get a product of their own, and rows
 # of logits some space behind them (docs/log.md: 1.2x on a CPU).
 _ALIGNED_WORDS = 64
+
+_LOG2_E = math.log2(math.e)
 
 
 def chunked_cross_entropy(
@@ -59,40 +62,51 @@ def chunked_log_likelihoods(
         at_target = torch.linalg.vecdot(hidden, head[targets])
         if head_bias is not None:
             at_target += head_bias[targets]
+        num_rows, columns = _tile(hidden, head, chunk_tokens)
         normalisers = [
-            _log_sum_exp(rows, head, head_bias, _columns_at_once(rows, head, chunk_tokens))
-            for rows in torch.split(hidden, _SCORED_ROWS)
+            _log_sum_exp(rows, head, head_bias, columns) for rows in torch.split(hidden, num_rows)
         ]
         log_likelihoods: Tensor = at_target - torch.cat(normalisers)
     return log_likelihoods
 
 
 # A product as wide as GPT-2's odd 50,257 has its rows where no vector unit likes them; parts of it
-# are aligned. On a CPU they also stay in its cache until they are summed: 1.6x in all, with 256 to
-# 4,096 columns alike. A GPU would do nothing but launch kernels for so small parts.
-_SCORED_ROWS = 4096
-_CPU_COLUMNS = 1024
+# are aligned. On a CPU they also stay in its cache until they are summed. A GPU would do nothing
+# but launch kernels for so small parts.
+_CPU_TILE = (1024, 512)  # rows, columns
+_GPU_ROWS = 4096
 
 
-def _columns_at_once(rows: Tensor, head: Tensor, chunk_tokens: int) -> int:
-    fitting = max(64, chunk_tokens * len(head) // max(1, len(rows)) // 64 * 64)
-    return min(fitting, _CPU_COLUMNS) if rows.device.type == "cpu" else fitting
+def _tile(hidden: Tensor, head: Tensor, chunk_tokens: int) -> tuple[int, int]:
+    """Rows and columns of logits that exist at once."""
+    on_cpu = hidden.device.type == "cpu"
+    num_rows = _CPU_TILE[0] if on_cpu else _GPU_ROWS
+    rows_there = max(1, min(num_rows, len(hidden)))
+    fitting = max(
+        _ALIGNED_WORDS, chunk_tokens * len(head) // rows_there // _ALIGNED_WORDS * _ALIGNED_WORDS
+    )
+    return num_rows, min(fitting, _CPU_TILE[1] if on_cpu else _aligned_width(head))
 
 
 def _log_sum_exp(rows: Tensor, head: Tensor, bias: Tensor | None, columns: int) -> Tensor:
-    """log sum exp of each row's logits, fp32 [rows], so many columns of them at once."""
+    """log sum exp of each row's logits, fp32 [rows], so many columns of them at once.
+
+    In powers of two, which a CPU's vector units raise faster than e: the product scales them.
+    """
     largest = rows.new_full((len(rows), 1), -torch.inf)
     sums = torch.zeros_like(largest)
+    tile = rows.new_empty(len(rows), columns)
     for start in range(0, len(head), columns):
         part = slice(start, start + columns)
-        logits = rows @ head[part].T
-        if bias is not None:
-            logits += bias[part]
+        logits = tile[:, : len(head[part])]
+        if bias is None:
+            torch.addmm(logits, rows, head[part].T, beta=0, alpha=_LOG2_E, out=logits)
+        else:
+            torch.addmm(bias[part], rows, head[part].T, beta=_LOG2_E, alpha=_LOG2_E, out=logits)
         before, largest = largest, torch.maximum(largest, logits.amax(dim=1, keepdim=True))
-        sums *= (before - largest).exp_()
-        sums += logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
-        del logits  # before the next part's come
-    return (largest + sums.log()).squeeze(1)
+        sums *= (before - largest).exp2_()
+        sums += logits.sub_(largest).exp2_().sum(dim=1, keepdim=True)
+    return (largest + sums.log2()).squeeze(1) / _LOG2_E
 
 
 def _exponentiate_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,8 +213,11 @@ def _word_parts(vocab_size: int) -> list[slice]:
 
 def _empty_logits(num_rows: int, head: Tensor) -> Tensor:
     """[num_rows, vocab_size], in rows of aligned length and of the head's type."""
-    width = -(-len(head) // _ALIGNED_WORDS) * _ALIGNED_WORDS
-    return head.new_empty(num_rows, width)[:, : len(head)]
+    return head.new_empty(num_rows, _aligned_width(head))[:, : len(head)]
+
+
+def _aligned_width(head: Tensor) -> int:
+    return -(-len(head) // _ALIGNED_WORDS) * _ALIGNED_WORDS
 
 
 def _write_logits(rows: Tensor, head: Tensor, bias: Tensor | None, logits: Tensor) -> None:

@@ -16,6 +16,16 @@ from accel_gpt2.train.objective import TrainedModel
 # and would then have nothing to do while the next batch is put together.
 _BATCHES_AHEAD = 16
 
+# More padded tokens than these do not make a CPU's products faster, and are more padding.
+_CPU_BATCH_TOKENS = 1024
+
+
+def tokens_at_once(micro_batch_tokens: int, device: torch.device) -> int:
+    """The budget of a batch that is only scored, in padded tokens."""
+    return (
+        min(micro_batch_tokens, _CPU_BATCH_TOKENS) if device.type == "cpu" else micro_batch_tokens
+    )
+
 
 def score_documents(
     model: TrainedModel,
@@ -44,7 +54,8 @@ def score_documents(
     lengths = np.asarray(documents.lengths, dtype=np.int64)
     scores = np.zeros((len(lengths), *model.score_shape), dtype=np.float64)
     ends = np.cumsum(lengths - 1)
-    batches = scoring_batches(lengths, micro_batch_tokens=micro_batch_tokens)
+    budget = tokens_at_once(micro_batch_tokens, accelerator.device)
+    batches = scoring_batches(lengths, micro_batch_tokens=budget)
     waiting: list[tuple[Indices, Tensor, Tensor | None]] = []
 
     def fetch() -> None:
