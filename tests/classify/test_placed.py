@@ -234,6 +234,16 @@ def start_parent(resolved: ResolvedRecipe, run: Path) -> "subprocess.Popen[bytes
     return subprocess.Popen([sys.executable, "-c", PARENT, str(recipe), str(run)])
 
 
+def stop_outside_of_log(process: int, run: Path) -> None:
+    """SIGSTOP, but never while it has log.jsonl locked, where all others would wait for it."""
+    import fcntl
+
+    with (run / "log.jsonl").open("ab") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        os.kill(process, signal.SIGSTOP)
+        wait_until(lambda: psutil.Process(process).status() == psutil.STATUS_STOPPED)
+
+
 def test_when_the_parent_is_killed_its_children_save_and_nobody_else_begins_before(
     two_classes: Path, reference: Path, tmp_path: Path
 ) -> None:
@@ -252,7 +262,7 @@ def test_when_the_parent_is_killed_its_children_save_and_nobody_else_begins_befo
         )
         children = children_of(run)
         assert len(children) == 2
-        os.kill(children[0], signal.SIGSTOP)  # slow to save
+        stop_outside_of_log(children[0], run)  # slow to save
         parent.kill()
         parent.wait()
         wait_until(lambda: children_of(run) == children[:1])
@@ -302,7 +312,7 @@ def test_side_by_side_is_kept_where_it_is_worthwhile(
         first, second = classes
         if not held and first.step >= 2 and first.process is not None:
             assert second.state == "waiting"  # one is measured alone
-            os.kill(first.process, signal.SIGSTOP)
+            stop_outside_of_log(first.process, run)
             held.append(first.process)
         if held and second.state == "training":
             os.kill(held[0], signal.SIGCONT)
