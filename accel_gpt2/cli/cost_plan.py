@@ -13,8 +13,7 @@ from accel_gpt2.cli.hardware import describe_profile, detect_hardware, planned_p
 from accel_gpt2.cli.options import TrainOptions, given_layers
 from accel_gpt2.cli.output import warn
 from accel_gpt2.errors import DoesNotFitError, UsageError, UserError, nearest
-from accel_gpt2.plan.cost import LocalCost, Power, local_cost, num_writing, run_disk
-from accel_gpt2.plan.placement import num_models
+from accel_gpt2.plan.cost import LocalCost, Power, local_cost
 from accel_gpt2.units import GIB
 
 if TYPE_CHECKING:
@@ -130,24 +129,18 @@ def planned_needs(layers: "list[Layer]", gpus: Iterable[str], num_gpus: int) -> 
             how = option.recipe.mixed_precision
             failure = UsageError(f"How fast {gpu} computes {how} is not known: give --hours.")
         else:
-            models = num_models(option.recipe, data.num_classes)
-            needs[gpu] = _need(option, option.seconds, models, num_gpus)
+            needs[gpu] = _need(option, option.seconds)
     if not needs:
         raise failure
     return needs
 
 
-def _need(option: "Option", seconds: "SecondsRange", models: int, num_gpus: int) -> Need:
-    disk = run_disk(
-        option.memory.disk,
-        keep_checkpoints=option.recipe.keep_checkpoints,
-        num_models=models,
-        num_writing=num_writing(option.placement, num_models=models, num_gpus=num_gpus),
-    )
+def _need(option: "Option", seconds: "SecondsRange") -> Need:
+    (final_bytes,) = (term.bytes for term in option.disk if term.name == "final models")
     return Need(
         run_seconds=max(1, math.ceil(seconds.expected)),
-        disk_bytes=_SYSTEM_BYTES + sum(disk.values()),
-        download_bytes=disk["final models"],
+        disk_bytes=_SYSTEM_BYTES + option.disk_bytes,
+        download_bytes=final_bytes,
         recipe=option.label,
     )
 

@@ -109,7 +109,7 @@ def _facts(plan: RunPlan, option: Option) -> list[tuple[str, str]]:
         facts.insert(1, ("of it", torch_bytes))
     needs = [
         f"{format_bytes(size)} of {name}"
-        for size, name in ((memory.host_bytes, "RAM"), (memory.disk_bytes, "disk"))
+        for size, name in ((option.host_bytes, "RAM"), (option.disk_bytes, "disk"))
         if size
     ]
     if needs:
@@ -206,8 +206,8 @@ def explain(plan: RunPlan, name: str) -> None:
     memory, time = option.memory, option.time
     places: list[tuple[str, Sequence[MemoryTerm | TimeTerm]]] = [
         *((phase.name, phase.terms) for phase in memory.phases),
-        ("RAM", memory.host),
-        ("disk", memory.disk),
+        ("RAM", option.host),
+        ("disk", option.disk),
     ]
     if time is not None:
         places += [("time of the run", time.terms), ("time of a step", time.step_terms)]

@@ -9,8 +9,6 @@ from typing import Literal
 from accel_gpt2.catalog.gpus import GpuSpec
 from accel_gpt2.catalog.prices import FormFactor, GpuPrice
 from accel_gpt2.catalog.providers import PROVIDERS, ProviderSpec
-from accel_gpt2.plan.memory_types import MemoryTerm
-from accel_gpt2.plan.placement import Placement, models_per_gpu
 from accel_gpt2.units import format_seconds
 
 # Booting, installing torch and fetching weights, billed like the training: 3 to 10 minutes were
@@ -195,40 +193,6 @@ def quotes(
 
 def _sold(offer: GpuPrice, rental: Rental) -> int:
     return gpus_sold(rental.num_gpus, offer.min_gpus)
-
-
-def num_writing(placement: Placement, *, num_models: int, num_gpus: int) -> int:
-    """How many models may be writing a checkpoint at the same moment: as many as have a process.
-
-    >>> [num_writing(x, num_models=4, num_gpus=1) for x in ("sequential", "concurrent")]
-    [1, 4]
-    >>> num_writing("per-gpu", num_models=4, num_gpus=2)
-    2
-    """
-    if placement in {"sequential", "shared-base"}:
-        return 1
-    per_gpu = models_per_gpu(placement, num_models=num_models, num_gpus=num_gpus)
-    return min(num_models, per_gpu * num_gpus)
-
-
-def run_disk(
-    of_one_model: Iterable[MemoryTerm],
-    *,
-    keep_checkpoints: int,
-    num_models: int,
-    num_writing: int,
-) -> dict[str, int]:
-    """What a run's models leave on the disk together, in bytes, from the plan of one of them.
-
-    Each keeps its newest `keep_checkpoints` and its best one; `num_writing` of them may have one
-    more that is being written. A plan of one model has that one too.
-    """
-    one = {term.name: term.bytes for term in of_one_model}
-    checkpoint_bytes = one["checkpoints"] // (keep_checkpoints + 2)
-    return {
-        "checkpoints": checkpoint_bytes * (num_models * (keep_checkpoints + 1) + num_writing),
-        "final models": one["final models"] * num_models,
-    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

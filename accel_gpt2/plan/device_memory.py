@@ -63,7 +63,6 @@ def assemble_plan(
     profile: HardwareProfile,
     strategy: ShardingStrategy,
     *,
-    num_classes: int,
     source: Source,
 ) -> MemoryPlan:
     """The plan of a training whose tensors are known, by arithmetic or by a trace.
@@ -83,7 +82,7 @@ def assemble_plan(
         device=_device(reserved, profile, strategy),
         usable_bytes=_usable_bytes(profile),
         host=_host(allocated, sizes, profile, strategy),
-        disk=_disk(sizes, recipe, num_classes),
+        disk=_disk(sizes, recipe),
         source=source,
     )
 
@@ -187,20 +186,22 @@ def _host(
     return tuple(terms)
 
 
-def _disk(sizes: StateSizes, recipe: TrainRecipe, num_classes: int) -> tuple[MemoryTerm, ...]:
-    checkpoint = sizes.trained_bytes + sizes.optimizer_bytes
-    # The newest ones, the best one, and one that is written before another is removed.
-    count = num_classes * (recipe.keep_checkpoints + 1) + 1
+def num_checkpoints(keep_checkpoints: int) -> int:
+    """Of one model on the disk at most: the newest, the best, and one that is being written."""
+    return keep_checkpoints + 2
+
+
+def _disk(sizes: StateSizes, recipe: TrainRecipe) -> tuple[MemoryTerm, ...]:
+    count = num_checkpoints(recipe.keep_checkpoints)
     return (
         MemoryTerm(
             name="checkpoints",
-            bytes=count * checkpoint,
-            why=f"{count} x weights and optimizer state: the newest and the best of each class, "
-            "and one that is being written",
+            bytes=count * (sizes.trained_bytes + sizes.optimizer_bytes),
+            why=f"{count} x weights and optimizer state",
         ),
         MemoryTerm(
             name="final models",
-            bytes=num_classes * sizes.final_bytes,
-            why=f"{num_classes} x what transformers or peft loads",
+            bytes=sizes.final_bytes,
+            why="what transformers or peft loads",
         ),
     )

@@ -62,8 +62,12 @@ UNKNOWN_GPU = Device(
 )
 
 
-def device_of(gpu: GpuSpec | None, mixed_precision: str) -> Device | None:
-    """The rates of a GPU in a precision, or of a CPU; None where the catalog does not know them."""
+def device_of(gpu: GpuSpec | None, mixed_precision: str, *, tf32: bool = False) -> Device | None:
+    """The rates of a GPU in a precision, or of a CPU; None where the catalog does not know them.
+
+    Args:
+        tf32: whether a training's fp32 products are made in TF32, where the GPU has that.
+    """
     if gpu is None:
         if mixed_precision == "no":
             return CPU
@@ -75,11 +79,18 @@ def device_of(gpu: GpuSpec | None, mixed_precision: str) -> Device | None:
             host_seconds_per_layer=CPU.host_seconds_per_layer,
             source=f"{CPU.source}, bf16 without units for it",
         )
-    peak = peak_flops_per_second(gpu, mixed_precision)
+    peak = peak_flops_per_second(gpu, mixed_precision, tf32=tf32)
     if peak is None or gpu.bandwidth_bytes_per_second is None:
         return None
-    in_fp32 = mixed_precision == "no"
-    share = _FP32_SHARE if in_fp32 else gpu.training_efficiency
+    share, how = gpu.training_efficiency, gpu.efficiency_source
+    if mixed_precision == "no":
+        # TF32 has the peak of fp32 on GeForce cards, and then makes nothing slower.
+        in_tf32 = share * peak if tf32 and "tf32" in gpu.peak_flops else 0.0
+        in_fp32 = _FP32_SHARE * gpu.peak_flops.get("fp32", 0.0)
+        if in_tf32 > in_fp32:
+            how = f"in TF32; {how}"
+        else:
+            peak, share, how = gpu.peak_flops["fp32"], _FP32_SHARE, "cuBLAS in fp32"
     # Where fp32 has no rate of its own on the sheet, tensor cores have about eight times it.
     fp32_peak = gpu.peak_flops.get("fp32", max(gpu.peak_flops.values()) / 8)
     return Device(
@@ -88,10 +99,7 @@ def device_of(gpu: GpuSpec | None, mixed_precision: str) -> Device | None:
         half_width=peak * _HALF_WIDTH_SECONDS,
         bytes_per_second=gpu.bandwidth_bytes_per_second * _BANDWIDTH_SHARE,
         host_seconds_per_layer=_HOST_SECONDS_PER_LAYER,
-        source=(
-            f"{gpu.display_name}: {share:.0%} of {peak / 1e12:.0f} TFLOP/s "
-            f"({'cuBLAS in fp32' if in_fp32 else gpu.efficiency_source})"
-        ),
+        source=f"{gpu.display_name}: {share:.0%} of {peak / 1e12:.0f} TFLOP/s ({how})",
     )
 
 

@@ -84,7 +84,6 @@ def plan_memory(
     *,
     longest_tokens: int,
     stock_loss: bool = False,
-    num_classes: int = 1,
 ) -> MemoryPlan:
     """Every term of every phase, in well under a millisecond.
 
@@ -93,7 +92,6 @@ def plan_memory(
         longest_tokens: of the longest document, BOS and EOS included.
         stock_loss: transformers' own loss under accelerate, which is what others train with, in
             place of ours.
-        num_classes: models that leave their checkpoints on the disk.
     """
     world_size = 1 if strategy.backend == "none" else max(1, profile.num_gpus)
     tokens, accumulates = micro_batch(recipe, longest_tokens=longest_tokens, world_size=world_size)
@@ -114,6 +112,5 @@ def plan_memory(
         recipe,
         profile,
         strategy,
-        num_classes=num_classes,
         source="closed form",
     )

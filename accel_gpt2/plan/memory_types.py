@@ -47,7 +47,8 @@ class MemoryPlan:
 
     `reserved` is what the allocator takes from the driver, `device` what the driver's own tools
     show, contexts and libraries included. `usable_bytes` is what the device has for them, None
-    where that is not known. `host` and `disk` are of all processes and classes together.
+    where that is not known. `host` is of all processes that train the model, `disk` of
+    the one model's files.
     """
 
     phases: tuple[MemoryPhase, ...]
@@ -75,12 +76,12 @@ class MemoryPlan:
 
     @property
     def host_bytes(self) -> int:
-        """RAM of the machine."""
+        """RAM of the machine for this model."""
         return sum(term.bytes for term in self.host)
 
     @property
     def disk_bytes(self) -> int:
-        """Disk of the run directory at its fullest."""
+        """Disk of the run directory at its fullest, with this model alone."""
         return sum(term.bytes for term in self.disk)
 
     @property

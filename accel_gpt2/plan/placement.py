@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from accel_gpt2.plan.memory_types import ByteRange, MemoryPlan
+from accel_gpt2.plan.device_memory import num_checkpoints
+from accel_gpt2.plan.memory_types import ByteRange, MemoryPlan, MemoryTerm
 from accel_gpt2.recipe import TrainRecipe
 
 Placement = Literal["sequential", "per-gpu", "concurrent", "shared-base"]
@@ -123,6 +124,56 @@ def placed_device(memory: MemoryPlan, placement: Placement, *, models_per_gpu: i
         low=device.low * models_per_gpu,
         expected=device.expected * models_per_gpu,
         high=device.high * models_per_gpu,
+    )
+
+
+def num_processes(placement: Placement, *, num_models: int, num_gpus: int) -> int:
+    """How many models have a process of their own at the same moment.
+
+    >>> [num_processes(x, num_models=4, num_gpus=1) for x in ("sequential", "concurrent")]
+    [1, 4]
+    >>> num_processes("per-gpu", num_models=4, num_gpus=2)
+    2
+    """
+    if placement in {"sequential", "shared-base"}:
+        return 1
+    per_gpu = models_per_gpu(placement, num_models=num_models, num_gpus=num_gpus)
+    return min(num_models, per_gpu * max(1, num_gpus))
+
+
+def placed_host(memory: MemoryPlan, processes: int) -> tuple[MemoryTerm, ...]:
+    """RAM of a machine where so many processes each train a model: they share none of it."""
+    if processes == 1:
+        return memory.host
+    return tuple(
+        MemoryTerm(name=term.name, bytes=processes * term.bytes, why=f"{processes} x: {term.why}")
+        for term in memory.host
+    )
+
+
+def run_disk(
+    memory: MemoryPlan, *, keep_checkpoints: int, num_models: int, num_writing: int
+) -> tuple[MemoryTerm, ...]:
+    """What a run's models leave on the disk together, from the plan of one of them.
+
+    Each keeps its newest `keep_checkpoints` and its best one; `num_writing` of them may have one
+    more that is being written.
+    """
+    one = {term.name: term.bytes for term in memory.disk}
+    checkpoint_bytes = one["checkpoints"] // num_checkpoints(keep_checkpoints)
+    count = num_models * (num_checkpoints(keep_checkpoints) - 1) + num_writing
+    return (
+        MemoryTerm(
+            name="checkpoints",
+            bytes=count * checkpoint_bytes,
+            why=f"{count} x weights and optimizer state: the newest and the best of each model, "
+            f"and {num_writing} being written",
+        ),
+        MemoryTerm(
+            name="final models",
+            bytes=num_models * one["final models"],
+            why=f"{num_models} x what transformers or peft loads",
+        ),
     )
 
 

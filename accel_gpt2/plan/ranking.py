@@ -19,18 +19,20 @@ _SAME_SECONDS = 1.01  # a plan of the time cannot tell less apart
 _SHARDS_WANT = 1.15
 
 
-def verdict_of(memory: MemoryPlan, device: ByteRange, profile: HardwareProfile) -> Verdict:
+def verdict_of(
+    memory: MemoryPlan, device: ByteRange, host_bytes: int, profile: HardwareProfile
+) -> Verdict:
     """Whether all that a device holds at once fits it, and the rest the host."""
-    if lacks_host_memory(memory, profile):
+    if lacks_host_memory(host_bytes, profile):
         return "does not fit"
     if memory.usable_bytes is None or device.high <= memory.usable_bytes:
         return "fits"
     return "tight" if device.expected <= memory.usable_bytes else "does not fit"
 
 
-def lacks_host_memory(memory: MemoryPlan, profile: HardwareProfile) -> bool:
+def lacks_host_memory(host_bytes: int, profile: HardwareProfile) -> bool:
     """Whether the machine has less RAM than a plan for its GPUs takes."""
-    return profile.gpu is not None and memory.host_bytes > profile.host_memory_bytes
+    return profile.gpu is not None and host_bytes > profile.host_memory_bytes
 
 
 def best_option(options: Sequence[Option], prefer: Preference) -> Option | None:
@@ -122,8 +124,8 @@ def _why_not(
 def shortage(option: Option, profile: HardwareProfile) -> str:
     """What an option needs, and what there is."""
     memory = option.memory
-    if lacks_host_memory(memory, profile):
-        needed, there, kind = memory.host_bytes, profile.host_memory_bytes, "host memory"
+    if lacks_host_memory(option.host_bytes, profile):
+        needed, there, kind = option.host_bytes, profile.host_memory_bytes, "host memory"
     else:
         needed, there = option.device.expected, memory.usable_bytes or 0
         kind = "memory" if profile.gpu is None else "GPU memory"

@@ -10,7 +10,7 @@ from accel_gpt2.catalog.strategies import ShardingStrategy
 from accel_gpt2.plan.calibration import Quantity, Residual
 from accel_gpt2.plan.candidates import Preference, describe_recipe
 from accel_gpt2.plan.data import DataStatistics
-from accel_gpt2.plan.memory import ByteRange, MemoryPlan, Verdict
+from accel_gpt2.plan.memory import ByteRange, MemoryPlan, MemoryTerm, Verdict
 from accel_gpt2.plan.placement import PLACEMENTS, Placement
 from accel_gpt2.plan.throughput import SecondsRange, TimePlan
 from accel_gpt2.recipe import ResolvedRecipe, TrainRecipe
@@ -33,7 +33,8 @@ class Option:
     """One candidate: a whole recipe, how it is spread over the machine, and what that would take.
 
     `level` counts from the most faithful choice that what was given allows. `memory` is of one
-    model, `device` of all that one GPU holds at once, and `verdict` is about that and host memory.
+    model, `device` of all that one GPU holds at once, `host` of all the RAM at once, `disk` of the
+    whole run, and `verdict` is about the device and the RAM.
     `time.total` is of all classes one after another, `time_share` the part of it that the placement
     takes, and `seconds` what is left of it; None where the data set has to be read first, or the
     GPU's speed is unknown.
@@ -45,6 +46,8 @@ class Option:
     placement: Placement
     memory: MemoryPlan
     device: ByteRange
+    host: tuple[MemoryTerm, ...]
+    disk: tuple[MemoryTerm, ...]
     verdict: Verdict
     time: TimePlan | None
     time_share: float
@@ -54,6 +57,16 @@ class Option:
     def recipe(self) -> TrainRecipe:
         """Everything that would be trained with."""
         return self.resolved.recipe
+
+    @property
+    def host_bytes(self) -> int:
+        """RAM of the machine."""
+        return sum(term.bytes for term in self.host)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Disk of the run directory at its fullest."""
+        return sum(term.bytes for term in self.disk)
 
     @property
     def cost_usd(self) -> float | None:

@@ -34,7 +34,10 @@ from accel_gpt2.plan.placement import (
     Placement,
     models_per_gpu,
     num_models,
+    num_processes,
     placed_device,
+    placed_host,
+    run_disk,
     time_share,
 )
 from accel_gpt2.plan.ranking import (
@@ -177,7 +180,7 @@ def plan_run(
         prefer=prefer,
         recommended=best,
         smallest=min(
-            options, key=lambda x: (lacks_host_memory(x.memory, profile), x.device.expected)
+            options, key=lambda x: (lacks_host_memory(x.host_bytes, profile), x.device.expected)
         ),
         rejected=(*(rejection(x, best, prefer=prefer, profile=profile) for x in others), *refused),
         nearest=None if best is not None else _nearest_change(layers, situation),
@@ -399,6 +402,8 @@ def _option(
     models = num_models(resolved.recipe, situation.data.num_classes)
     at_once = models_per_gpu(placement, num_models=models, num_gpus=profile.num_gpus)
     device = placed_device(memory, placement, models_per_gpu=at_once)
+    processes = num_processes(placement, num_models=models, num_gpus=profile.num_gpus)
+    host = placed_host(memory, processes)
     share = time_share(placement, num_models=models, num_gpus=profile.num_gpus)
     seconds = None
     if time is not None and situation.data_is_known:
@@ -418,7 +423,14 @@ def _option(
         placement=placement,
         memory=memory,
         device=device,
-        verdict=verdict_of(memory, device, profile),
+        host=host,
+        disk=run_disk(
+            memory,
+            keep_checkpoints=resolved.recipe.keep_checkpoints,
+            num_models=models,
+            num_writing=processes,
+        ),
+        verdict=verdict_of(memory, device, sum(term.bytes for term in host), profile),
         time=time,
         time_share=share,
         seconds=seconds,

@@ -285,16 +285,22 @@ def _exchange_seconds(
 def scoring_seconds_per_token(
     recipe: TrainRecipe, model: ModelSpec, device: Device, data: DataStatistics
 ) -> float:
-    """Forward pass of one token, without a gradient; the head's product is fp32 always."""
+    """Forward pass of one token, without a gradient; the head's product is fp32 always, and where
+    nothing is 16-bit all are, in TF32 none."""
     forward = forward_flops(
         n_layer=model.n_layer,
         n_embd=model.n_embd,
         vocab_size=model.vocab_size,
         context_tokens=data.mean_context_tokens,
     )
-    blocks = matmul_seconds(1, forward.blocks + forward.attention, model.n_embd, device)
-    head = forward.head / (device.fp32_matmul_flops * device.at_width(model.n_embd))
+    in_fp32 = device.fp32_matmul_flops * device.at_width(model.n_embd)
+    blocks = forward.blocks + forward.attention
+    products = forward.head / in_fp32
+    if recipe.mixed_precision == "no":
+        products += blocks / in_fp32
+    else:
+        products += matmul_seconds(1, blocks, model.n_embd, device)
     kernels = _KERNELS[recipe.mixed_precision]
     moved = Kernels(layer_bytes=kernels.layer_bytes * _FORWARD_SHARE, head_bytes=12)
     host = device.host_seconds_per_layer / 3 * model.n_layer / recipe.micro_batch_tokens
-    return max(host, blocks + head + kernel_seconds(1.0, model, moved, device))
+    return max(host, products + kernel_seconds(1.0, model, moved, device))

@@ -87,7 +87,7 @@ def plan_time(
         residual = calibration.residual(
             "tokens_per_second", gpu=gpu, strategy=strategy.name, recipe=recipe, model=model
         )
-    device = device_of(gpu, recipe.mixed_precision)
+    device = device_of(gpu, recipe.mixed_precision, tf32=recipe.tf32)
     if device is None:
         if residual is None:
             return None
@@ -107,7 +107,7 @@ def plan_time(
     total = sum(term.seconds for term in terms)
     num_steps = steps.num_models * steps.num_steps
     tokens_per_second = steps.tokens / step_seconds
-    peak = peak_flops_per_second(gpu, recipe.mixed_precision)
+    peak = peak_flops_per_second(gpu, recipe.mixed_precision, tf32=recipe.tf32)
     flops = train_flops_per_token(
         n_layer=model.n_layer,
         n_embd=model.n_embd,
@@ -138,7 +138,7 @@ def cold_tokens_per_second(
     data: DataStatistics,
 ) -> float:
     """What the formula alone says, which is what measurements are compared with."""
-    device = device_of(profile.gpu, recipe.mixed_precision) or UNKNOWN_GPU
+    device = device_of(profile.gpu, recipe.mixed_precision, tf32=recipe.tf32) or UNKNOWN_GPU
     world_size = 1 if strategy.backend == "none" else max(1, profile.num_gpus)
     steps = plan_steps(recipe, data, world_size)
     terms = time_of_step(

@@ -49,7 +49,6 @@ def plan_traced(
             device="cpu" if profile.gpu is None else "gpu",
         )
     )
-    models = num_classes if recipe.objective in {"generative", "masked_lm"} else 1
     return assemble_plan(
         tuple(_phase(name, traced, exchanges=exchanges) for name in traced.phases),
         StateSizes(
@@ -64,7 +63,6 @@ def plan_traced(
         recipe,
         profile,
         strategy,
-        num_classes=models,
         source="trace",
     )
 

@@ -208,7 +208,7 @@ def test_bf16_keeps_the_weights_in_fp32(strategy: str, alone: dict[str, Any]) ->
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_bf16_gradients_are_added_up_in_fp32(strategy: str) -> None:
     """Twenty micro batches that are alike have twenty times the gradient of one. Stage 1 rounds the
-    sum once, to exchange it; stage 2's offload, which would hold fp32 sums on the GPU, each time."""
+    sum once, to exchange it; stage 2's offload, whose fp32 sums the GPU would hold, each time."""
     recipe = dataclasses.replace(_TINY, mixed_precision="bf16", learning_rate=1e-12)
     (one, twenty), _ = run(strategy, 2, norms_of_repeated, recipe, [1, 20])
     assert 0.1 < one < 10

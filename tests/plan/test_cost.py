@@ -9,11 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from accel_gpt2.catalog.gpus import GPUS
-from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.catalog.prices import GpuPrice, shipped_prices
-from accel_gpt2.catalog.profiles import PROFILES
 from accel_gpt2.catalog.providers import PROVIDERS
-from accel_gpt2.catalog.strategies import STRATEGIES
 from accel_gpt2.plan.cost import (
     SETUP_SECONDS,
     CostQuote,
@@ -24,15 +21,10 @@ from accel_gpt2.plan.cost import (
     break_even,
     freshness,
     local_cost,
-    num_writing,
     quote,
     quotes,
     recommend,
-    run_disk,
 )
-from accel_gpt2.plan.memory import plan_memory
-from accel_gpt2.plan.placement import Placement
-from accel_gpt2.recipe import TrainRecipe
 
 TODAY = datetime.date(2026, 11, 23)
 PRICES = shipped_prices()
@@ -176,46 +168,6 @@ def test_whole_increments_are_paid_exactly(offer: GpuPrice, increments: int) -> 
     assert exact.billed_seconds == max(seconds, minimum)
     if seconds >= minimum:
         assert more.billed_seconds == seconds + offer.billing_increment_seconds
-
-
-@pytest.mark.parametrize(
-    ("placement", "num_gpus", "keep_checkpoints", "checkpoints"),
-    [
-        # By hand, of four classes: the newest and the best of each, and those being written.
-        ("sequential", 1, 2, 4 * 3 + 1),
-        ("sequential", 1, 5, 4 * 6 + 1),
-        ("concurrent", 1, 2, 4 * 3 + 4),
-        ("per-gpu", 2, 2, 4 * 3 + 2),
-        ("per-gpu", 8, 1, 4 * 2 + 4),
-        ("shared-base", 1, 2, 4 * 3 + 1),
-    ],
-)
-def test_a_run_leaves_all_its_classes_on_the_disk(
-    placement: Placement, num_gpus: int, keep_checkpoints: int, checkpoints: int
-) -> None:
-    """From the plan of one model: as many checkpoints as are kept, whichever way they are trained;
-    one class after another is what the memory plan itself says of four."""
-    recipe = TrainRecipe(keep_checkpoints=keep_checkpoints, finetuning="lora")
-    model, strategy = MODELS["gpt2"], STRATEGIES["single"]
-    one, four = (
-        plan_memory(
-            recipe, model, PROFILES["a100-40"], strategy, longest_tokens=512, num_classes=count
-        )
-        for count in (1, 4)
-    )
-    found = run_disk(
-        one.disk,
-        keep_checkpoints=keep_checkpoints,
-        num_models=4,
-        num_writing=num_writing(placement, num_models=4, num_gpus=num_gpus),
-    )
-    checkpoint_bytes = one.disk[0].bytes // (keep_checkpoints + 2)
-    assert found == {
-        "checkpoints": checkpoints * checkpoint_bytes,
-        "final models": 4 * one.disk[1].bytes,
-    }
-    if placement == "sequential":
-        assert sum(found.values()) == four.disk_bytes
 
 
 @pytest.mark.parametrize(

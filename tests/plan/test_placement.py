@@ -3,7 +3,7 @@
 import pytest
 
 from accel_gpt2.catalog.profiles import PROFILES
-from accel_gpt2.plan.placement import PLACEMENTS, models_per_gpu
+from accel_gpt2.plan.placement import PLACEMENTS, Placement, models_per_gpu
 from accel_gpt2.plan.search import Option, RunPlan, plan_run
 from accel_gpt2.recipe import Layer
 
@@ -64,3 +64,35 @@ def test_without_a_gpu_all_models_share_the_ram() -> None:
     """One class for each core is several models in one memory."""
     assert models_per_gpu("per-gpu", num_models=3, num_gpus=0) == 3
     assert models_per_gpu("sequential", num_models=3, num_gpus=0) == 1
+
+
+@pytest.mark.parametrize(
+    ("profile", "placement", "keep_checkpoints", "checkpoints", "processes"),
+    [
+        # By hand, of four classes: the newest and the best of each, and those being written.
+        ("a100-40", "sequential", 2, 4 * 3 + 1, 1),
+        ("a100-40", "sequential", 5, 4 * 6 + 1, 1),
+        ("a100-40", "concurrent", 2, 4 * 3 + 4, 4),
+        ("2x-rtx4070ti", "per-gpu", 2, 4 * 3 + 2, 2),
+        ("a100-40", "shared-base", 1, 4 * 2 + 1, 1),
+    ],
+)
+def test_disk_and_ram_are_of_the_whole_run(
+    profile: str, placement: Placement, keep_checkpoints: int, checkpoints: int, processes: int
+) -> None:
+    """Every class leaves its checkpoints and its model; processes side by side share no RAM."""
+    option = recommended(
+        profile,
+        model="gpt2",
+        dataset="ag_news",
+        finetuning="lora",
+        placement=placement,
+        keep_checkpoints=keep_checkpoints,
+    )
+    assert option.placement == placement
+    one = {term.name: term.bytes for term in option.memory.disk}
+    assert {term.name: term.bytes for term in option.disk} == {
+        "checkpoints": checkpoints * one["checkpoints"] // (keep_checkpoints + 2),
+        "final models": 4 * one["final models"],
+    }
+    assert option.host_bytes == processes * option.memory.host_bytes

@@ -73,7 +73,7 @@ def test_the_answer_is_not_beaten_by_what_was_not_rejected_for_a_true_reason(
             continue
         usable = option.memory.usable_bytes or math.inf
         host = math.inf if plan.profile.gpu is None else plan.profile.host_memory_bytes
-        fits = option.device.expected <= usable and option.memory.host_bytes <= host
+        fits = option.device.expected <= usable and option.host_bytes <= host
         tight = option.device.high > usable
         assert fits is (rejected.why != "does not fit")
         match rejected.why:

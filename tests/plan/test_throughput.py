@@ -59,6 +59,26 @@ def _published_rate(gpu: str, shape: tuple[int, int, int], length: int, kernels:
     )
 
 
+@pytest.mark.parametrize(
+    ("gpu", "mixed_precision", "tf32", "tflops"),
+    [
+        ("a100-40", "no", False, 0.8 * 19.5),
+        ("a100-40", "no", True, 0.7 * 156),
+        ("a100-40", "bf16", True, 0.7 * 312),
+        ("rtx4070ti", "no", True, 0.8 * 44.1),  # its tensor cores are no faster on the sheet
+        ("t4", "no", True, 0.8 * 8.1),  # has none
+    ],
+)
+def test_fp32_products_in_tf32(gpu: str, mixed_precision: str, tf32: bool, tflops: float) -> None:
+    """A training's products have the peak of TF32 where that is more; scores stay fp32."""
+    device = device_of(GPUS[gpu], mixed_precision, tf32=tf32)
+    plain = device_of(GPUS[gpu], mixed_precision)
+    assert device is not None
+    assert plain is not None
+    assert device.matmul_flops == pytest.approx(tflops * 1e12)
+    assert device.fp32_matmul_flops == plain.fp32_matmul_flops
+
+
 def test_published_trainings_are_within_the_stated_error() -> None:
     """Nine published rates on four GPUs: each within 35% of the formula, 10% on average."""
     errors = [
