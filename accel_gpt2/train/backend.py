@@ -146,18 +146,18 @@ class PlainBackend(Backend):
         if self.scaler is not None:
             fresh = torch.amp.GradScaler(accelerator.device.type)
             self.scaler.load_state_dict(fresh.state_dict())
+        # Accelerate's wrapper looks for a package on the disk and inspects a signature, each step.
+        self._unwrapped = self.optimizer.optimizer
         # torch's fused optimizers read on the device whether to step, as its loss scaler has it.
-        stepper = self.optimizer.optimizer  # Accelerate wraps it
-        self._skipper = stepper if getattr(stepper, _SKIPS_ON_DEVICE, False) else None
+        self._skips_on_device = getattr(self._unwrapped, _SKIPS_ON_DEVICE, False)
 
     def update(self, max_norm: float) -> Awaited:
-        if self._skipper is None:
+        if not self._skips_on_device:
             return super().update(max_norm)
         norm = self._accelerator.clip_grad_norm_(self.parameters, max_norm)
         if self.scaler is None:
-            self._skipper.found_inf = norm.isfinite().logical_not().float()
-            # Accelerate's wrapper looks for a package on the disk in every step.
-            self._skipper.step()
+            self._unwrapped.found_inf = norm.isfinite().logical_not().float()
+            self._unwrapped.step()
         else:
             self.optimizer.step()
         self.zero_grad()
@@ -181,7 +181,7 @@ class PlainBackend(Backend):
             self.optimizer.step()  # the scaler keeps it from the weights, and halves its scale
 
     def zero_grad(self) -> None:
-        self.optimizer.zero_grad()
+        self._unwrapped.zero_grad()
 
     def scoring(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()

@@ -14,7 +14,7 @@ from accel_gpt2.data.tokenized import TokenizedDocuments
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.loss import chunked_cross_entropy, chunked_log_likelihoods
 from accel_gpt2.train.objective import Batch, TransformersModel, Validation, to_device
-from accel_gpt2.train.packing import find_documents, rows_are_packed, use_packed_attention
+from accel_gpt2.train.packing import find_documents, rows_are_packed, use_causal_attention
 
 
 class LanguageModel(TransformersModel):
@@ -23,11 +23,10 @@ class LanguageModel(TransformersModel):
     def __init__(self, model: nn.Module, loss_chunk_tokens: int) -> None:
         super().__init__(model)
         self.loss_chunk_tokens = loss_chunk_tokens
+        use_causal_attention(self.transformers_model)
 
     def pack_rows(self, recipe: TrainRecipe) -> None:
         self.packed = rows_are_packed(recipe, self.transformers_model)
-        if self.packed:
-            use_packed_attention(self.transformers_model)
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """Sum of the valid targets' negative log-likelihood in nats, fp32 scalar.

@@ -1,10 +1,12 @@
-"""Documents one after another in a row, without padding, each attending to itself alone.
+"""Causal attention without a mask, and documents one after another in a row, without padding, each
+attending to itself alone.
 
 The model's code is transformers' own: only the attention function is ours, by its
-`AttentionInterface`, and a row's positions begin anew with every document. On a GPU the kernel is
-flash attention for documents of various lengths (`torch.nn.attention.varlen`). Where that is not to
-be had (fp32, dropout, an older GPU, a CPU) queries, keys and values are laid out with padding,
-which is exact for causal attention too, and only what is between the attentions saves the padding.
+`AttentionInterface`, and a packed row's positions begin anew with every document. On a GPU the
+kernel is flash attention for documents of various lengths (`torch.nn.attention.varlen`). Where that
+is not to be had (fp32, dropout, an older GPU, a CPU) queries, keys and values are laid out with
+padding, which is exact for causal attention too, and only what is between the attentions saves the
+padding.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import TrainRecipe
 
-ATTENTION = "accel_gpt2_packed"
+ATTENTION = "accel_gpt2_causal"
 
 # By transformers' `model_type`: those that tests/train/test_packing.py packs. Another one may keep
 # what it is called with from its attention, or see a window only.
@@ -50,7 +52,7 @@ def find_documents(position_ids: Tensor, valid: Tensor) -> RowDocuments:
     )
 
 
-def packed_attention(
+def causal_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -62,13 +64,14 @@ def packed_attention(
     documents: RowDocuments | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each document of a row; transformers' own where there is no row.
+    """Causal attention within each document of a packed row; transformers' own where rows are
+    documents.
 
     Args:
-        query, key, value: [1, heads, num_tokens, width].
+        query, key, value: [rows, heads, num_tokens, width], a packed row alone.
 
     Returns:
-        [1, num_tokens, heads, width], and no weights.
+        [rows, num_tokens, heads, width], and no weights.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -145,9 +148,15 @@ def rows_are_packed(recipe: TrainRecipe, model: Any) -> bool:
     return True
 
 
-def use_packed_attention(model: Any) -> None:
-    """Have a model of transformers take `documents`, a `RowDocuments`, in its forward pass."""
+def use_causal_attention(model: Any) -> None:
+    """Have a model of transformers attend without a mask, and take `documents`, a `RowDocuments`,
+    in its forward pass; a family whose attention was not checked is left as it is.
+
+    With its own attention function transformers looks in every forward pass whether `position_ids`
+    are a packed row's, and a GPU has to finish all that is queued before the host can know.
+    """
     from transformers import AttentionInterface
 
-    AttentionInterface.register(ATTENTION, packed_attention)
-    model.set_attn_implementation(ATTENTION)
+    if model.config.model_type in PACKED_FAMILIES:
+        AttentionInterface.register(ATTENTION, causal_attention)
+        model.set_attn_implementation(ATTENTION)

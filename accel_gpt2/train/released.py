@@ -87,7 +87,7 @@ class ReleasingBackend(PlainBackend):
         assert accelerator.num_processes == 1, "plan.support refuses more"
         super().__init__(accelerator, model, recipe)
         self._skipper = None  # it has stepped before the norm is known
-        self._releaser = GradientReleaser(getattr(self.optimizer, "optimizer", self.optimizer))
+        self._releaser = GradientReleaser(self._unwrapped)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         with self._releaser.last_backward() if last else contextlib.nullcontext():

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel_gpt2.data.batching import collate, pack, split_micro_batches
 from accel_gpt2.errors import UserError
@@ -89,17 +90,53 @@ def test_a_packed_row_is_its_documents_alone(family: str) -> None:
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4)
 
 
-def test_padded_batches_go_on_as_before() -> None:
-    """A model that trains on packed rows scores padded ones: the same numbers as without."""
-    documents = _documents()
-    batch = _tensors(arrays(collate(documents)))
-    never = LanguageModel(_transformers_model("gpt2"), loss_chunk_tokens=7).eval()
+@pytest.mark.parametrize("family", PACKED_FAMILIES)
+def test_padded_batches_are_scored_as_by_transformers(family: str) -> None:
+    """Bit for bit what its own attention gives, which makes a mask where it has to."""
+    batch = _tensors(arrays(collate(_documents())))
+    stock = LanguageModel(_transformers_model(family), loss_chunk_tokens=7).eval()
+    stock.transformers_model.set_attn_implementation("sdpa")
     torch.testing.assert_close(
-        _language_model().eval().document_log_likelihoods(*batch),
-        never.document_log_likelihoods(*batch),
+        _language_model(family).eval().document_log_likelihoods(*batch),
+        stock.document_log_likelihoods(*batch),
         rtol=0,
         atol=0,
     )
+
+
+class _Reads(TorchDispatchMode):
+    """Notes the operations whose result the host has to wait for on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.is_nonzero,
+            torch.ops.aten.nonzero,
+        ):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("family", PACKED_FAMILIES)
+def test_a_pass_reads_nothing_from_the_device(family: str, packed: bool) -> None:
+    """Forward, backward and scores; transformers' own attention asks for packed rows each time."""
+    model = _language_model(family).train()
+    documents = _documents()
+    padded = _tensors(arrays(collate(documents)))
+    tensors = _tensors(packed_arrays(pack(documents))) if packed else padded
+    with _Reads() as ours:
+        model(*tensors).backward()
+        model.token_log_likelihoods(*tensors)
+    assert ours.found == []
+    model.transformers_model.set_attn_implementation("sdpa")
+    with _Reads() as theirs:
+        model(*padded)
+    assert theirs.found
 
 
 def test_checkpointed_blocks_know_the_documents() -> None:
