@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.backend import PlainBackend
 from accel_gpt2.train.objective import TrainedModel
+from accel_gpt2.train.prefetch import Awaited
 
 
 class GradientReleaser:
@@ -86,22 +87,15 @@ class ReleasingBackend(PlainBackend):
     def __init__(self, accelerator: Any, model: TrainedModel, recipe: TrainRecipe) -> None:
         assert accelerator.num_processes == 1, "plan.support refuses more"
         super().__init__(accelerator, model, recipe)
-        self._skipper = None  # it has stepped before the norm is known
         self._releaser = GradientReleaser(self._unwrapped)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         with self._releaser.last_backward() if last else contextlib.nullcontext():
             super().backward(loss, last=last)
 
-    def clip_grad_norm(self, max_norm: float) -> float:
-        """What the norm was: the recipe says that nothing is clipped."""
-        return self._releaser.grad_norm()
-
-    def step(self) -> None:
-        """Done in the backward pass."""
-
-    def skip(self) -> None:
-        """Done in the backward pass, as far as it can be."""
+    def update(self, max_norm: float) -> Awaited:
+        """What the norm was: the weights have been stepped, unclipped, as the recipe says."""
+        return Awaited(self._releaser.grad_norm())
 
     def probing(self) -> contextlib.AbstractContextManager[None]:
         return self._releaser.rehearsal()
