@@ -10,7 +10,7 @@ random weights, 8,192 tokens a step, bf16, AdamW, clipping and no dropout on all
 losses of ours and of transformers on the same batch and weights are compared. It needs no network,
 stops in time, says what is left out, and writes after every row. Where the package is not
 installed, it runs from the repository with PYTHONPATH=. and, beside torch, transformers, accelerate
-and peft, the wheels of annotated-types, pydantic and rich.
+and peft, the wheels that gpu_options.py names.
 
 Exit code 1 when a bar is missed or losses differ.
 """
@@ -41,12 +41,14 @@ from accel_gpt2.catalog.datasets import DATASETS
 from accel_gpt2.catalog.gpus import GpuSpec, find_gpu
 from accel_gpt2.catalog.models import MODELS, ModelSpec
 from accel_gpt2.data.tokenized import TokenizedDocuments
+from accel_gpt2.plan.candidates import ROOM_FOR_PADDING
 from accel_gpt2.plan.flops import peak_flops_per_second, train_flops_per_token
 from accel_gpt2.recipe import Finetuning, TrainRecipe
 from accel_gpt2.trace.step import autocast
 from accel_gpt2.train.causal import LanguageModel
 from accel_gpt2.train.model import build_model
 from accel_gpt2.train.objective import to_device
+from accel_gpt2.train.schedule import BatchSchedule
 from accel_gpt2.units import GIB, MIB
 
 Side = Literal["ours", "Trainer padded", "Trainer grouped", "Trainer flattened", "nanoGPT"]
@@ -269,7 +271,10 @@ class Bench:
             max_length=self.scale.longest + 1,
             finetuning=case.finetuning,
             global_batch_tokens=self.scale.step_tokens,
-            micro_batch_tokens=max(self.scale.longest, self.scale.step_tokens // case.accumulation),
+            micro_batch_tokens=max(
+                self.scale.longest,
+                int(ROOM_FOR_PADDING * self.scale.step_tokens) // case.accumulation,
+            ),
             mixed_precision=self.precision,
             compile="on" if case.compiled else "off",
             evaluate_every_steps=10**6,
@@ -419,9 +424,9 @@ class Bench:
         self, case: Case, documents: TokenizedDocuments
     ) -> AbstractContextManager[Iterator[int]]:
         """Our loop, about to train."""
-        return optimizer_steps(
-            self.model(case), documents, self.recipe(case), total_steps=10**6, gpu=self.gpu
-        )
+        recipe = self.recipe(case)
+        schedule = BatchSchedule(documents.lengths, recipe, total_steps=10**6)
+        return optimizer_steps(self.model(case), documents, recipe, schedule=schedule, gpu=self.gpu)
 
     def _ours(self, case: Case, documents: TokenizedDocuments, clock: Clock) -> int:
         tokens = 0

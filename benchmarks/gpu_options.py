@@ -1,4 +1,14 @@
-"""What the benchmarks of a GPU are asked for; each rehearses on a CPU with `--device cpu`."""
+"""What the benchmarks of a GPU are asked for; each rehearses on a CPU with `--device cpu`.
+
+A machine that has torch, transformers, accelerate and peft, and no package index, wants the wheels
+of annotated-types, pydantic, pydantic-core and typing-inspection besides, 3 MB for its Python:
+
+    pip download --no-deps --only-binary=:all: --python-version 3.12 \\
+        --platform manylinux2014_x86_64 --constraint constraints.txt --dest wheels \\
+        annotated-types pydantic pydantic-core typing-inspection
+    pip install --no-index --no-deps --target site wheels/*.whl          # there, and then
+    PYTHONPATH=site:. python benchmarks/gpu_bench.py
+"""
 
 import argparse
 import os

@@ -113,7 +113,8 @@ def compare(size: Size, rounds: int) -> tuple[list[float], list[float]]:
     documents = _documents(size, steps=_STEPS_OF_A_TURN * (rounds + 3))
     models = [_language_model(recipe, size) for _ in range(2)]
     turns: tuple[list[float], list[float]] = ([], [])
-    with optimizer_steps(models[0], documents, recipe, total_steps=_TOTAL_STEPS) as ours:
+    schedule = BatchSchedule(documents.lengths, recipe, total_steps=_TOTAL_STEPS)
+    with optimizer_steps(models[0], documents, recipe, schedule=schedule) as ours:
         steppers = (ours, _plain(models[1], documents, recipe))
         for number in range(rounds + 2):
             for stepper, seconds in zip(steppers, turns, strict=True):

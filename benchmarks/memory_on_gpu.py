@@ -8,8 +8,8 @@ and full batches: predicted and measured peak of allocated memory, reserved memo
 shows as used, and tokens per second. Where the plan says that a step fits a 16 GB card, it may use
 no more than such a card has. It needs no network and stops in time: what is left out is said.
 Where the package is not installed, it runs from the repository with PYTHONPATH=. and, beside torch,
-transformers, accelerate and peft, the wheels of annotated-types, datasets, dill, multiprocess and
-(for 8-bit states and 4-bit bases, which are left out without it) bitsandbytes.
+transformers, accelerate and peft, the wheels that gpu_options.py names; and bitsandbytes, without
+which 8-bit states and 4-bit bases are left out.
 
 Exit code 1 when a peak is predicted more than 3% wrong, or more than 1% too low, or a step that
 should fit 16 GB did not.

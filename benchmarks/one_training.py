@@ -26,13 +26,13 @@ def optimizer_steps(
     documents: TokenizedDocuments,
     recipe: TrainRecipe,
     *,
-    total_steps: int,
+    schedule: BatchSchedule,
     gpu: GpuSpec | None = None,
 ) -> Iterator[Iterator[int]]:
     """Give the loop's optimizer steps, each trained when the next one is asked for, as its targets.
 
     Args:
-        total_steps: of the learning rate's schedule; more than are taken.
+        schedule: the learning rates and the batches, of more steps than are taken.
     """
     with tempfile.TemporaryDirectory() as folder:
         job = ClassTraining(
@@ -44,7 +44,7 @@ def optimizer_steps(
             validation=documents.select(np.arange(2)),
             own_validation=np.arange(2),
             model=model,
-            schedule=BatchSchedule(documents.lengths, recipe, total_steps=total_steps),
+            schedule=schedule,
             checkpoint=None,
             joint_accuracy=lambda step, scores: None,
             num_parts=1,

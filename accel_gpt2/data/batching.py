@@ -8,7 +8,7 @@ global batch into micro batches changes rounding only.
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -93,7 +93,7 @@ def epoch_batches(
     return shuffled
 
 
-def _cut_by_tokens(tokens: Indices, budget: int) -> list[int]:
+def _cut_by_tokens(tokens: Sequence[int] | Indices, budget: int) -> list[int]:
     """Where pieces begin and end, each as full as the budget allows and one document at least.
 
     >>> _cut_by_tokens(np.array([3, 4, 9, 2]), 7)
@@ -109,6 +109,46 @@ def _cut_by_tokens(tokens: Indices, budget: int) -> list[int]:
     return cuts
 
 
+def _cut_padded(tokens: Sequence[int], budget: int) -> list[int]:
+    """The same for documents that are padded to the first of their piece, the longest.
+
+    >>> _cut_padded([9, 4, 3, 2], 8)
+    [0, 1, 3, 4]
+    """
+    cuts = [0]
+    while cuts[-1] < len(tokens):
+        count = max(1, budget // max(1, tokens[cuts[-1]]))
+        cuts.append(min(cuts[-1] + count, len(tokens)))
+    return cuts
+
+
+def _cut_evenly(
+    cut: Callable[[Sequence[int], int], list[int]],
+    tokens: Sequence[int],
+    budget: int,
+    world_size: int,
+) -> list[int]:
+    """As few pieces as the budget allows, but for one for each rank, and those as small as they
+    can be, to a sixty-fourth: a small last piece takes a GPU's host as long as a large one, and a
+    rank with a small piece waits for the others."""
+    cuts = cut(tokens, budget)
+    num_pieces = -(-(len(cuts) - 1) // world_size) * world_size
+    too_small, enough = sum(tokens) // max(1, num_pieces) - 1, budget
+    while num_pieces > 1 and enough - too_small > max(1, enough // 64):
+        tried = cut(tokens, (too_small + enough) // 2)
+        if len(tried) - 1 <= num_pieces:
+            cuts, enough = tried, (too_small + enough) // 2
+        else:
+            too_small = (too_small + enough) // 2
+    return cuts
+
+
+def _longest_first(lengths: NDArray[Any], batch: Indices) -> tuple[Indices, list[int]]:
+    """The batch's documents by length, and their predicted tokens."""
+    by_length = batch[np.argsort(-np.asarray(lengths)[batch], kind="stable")]
+    return by_length, (np.asarray(lengths, dtype=np.int64)[by_length] - 1).tolist()
+
+
 def split_micro_batches(
     lengths: NDArray[Any],
     batch: Indices,
@@ -121,17 +161,13 @@ def split_micro_batches(
 
     A micro batch holds documents of neighbouring lengths; its padded size (documents x longest) is
     at most `micro_batch_tokens`, unless one document alone is longer. A packed one has no padding.
-    Every rank gets the same number of micro batches, because collectives need it; an empty one
-    stands where there are fewer documents than ranks.
+    There are as few as that allows, of about the same size. Every rank gets the same number of
+    them, because collectives need it; an empty one stands where there are fewer documents than
+    ranks.
     """
-    by_length = batch[np.argsort(-np.asarray(lengths)[batch], kind="stable")]
-    predicted = np.asarray(lengths, dtype=np.int64)[by_length] - 1
-    cuts = [0]
-    if packed:
-        cuts = _cut_by_tokens(predicted, micro_batch_tokens)
-    while cuts[-1] < len(by_length):
-        count = max(1, micro_batch_tokens // max(1, int(predicted[cuts[-1]])))
-        cuts.append(min(cuts[-1] + count, len(by_length)))
+    by_length, predicted = _longest_first(lengths, batch)
+    cut = _cut_by_tokens if packed else _cut_padded
+    cuts = _cut_evenly(cut, predicted, micro_batch_tokens, world_size)
     pieces = [by_length[start:end] for start, end in itertools.pairwise(cuts)]
     while len(pieces) % world_size:
         widest = max(range(len(pieces)), key=lambda i: len(pieces[i]))
@@ -139,6 +175,32 @@ def split_micro_batches(
         half = (len(piece) + 1) // 2
         pieces[widest : widest + 1] = [piece[:half], piece[half:]]
     return [pieces[i : i + world_size] for i in range(0, len(pieces), world_size)]
+
+
+def largest_micro_batch(
+    lengths: NDArray[Any], *, micro_batch_tokens: int, packed: bool = False
+) -> Indices:
+    """Neighbours by length that make as large a micro batch as a training can have, of as long
+    documents as do.
+
+    >>> chosen = largest_micro_batch(np.array([5, 7, 5, 3]), micro_batch_tokens=9)
+    >>> chosen.tolist()  # two of 4 predicted tokens are more than one of 6
+    [0, 2]
+    """
+    by_length = np.argsort(-np.asarray(lengths), kind="stable")
+    predicted = np.maximum(1, np.asarray(lengths, dtype=np.int64)[by_length] - 1)
+    starts = np.arange(len(by_length))
+    if packed:
+        totals = np.concatenate(([0], np.cumsum(predicted)))
+        ends = np.searchsorted(totals, totals[:-1] + micro_batch_tokens, side="right") - 1
+        ends = np.maximum(ends, starts + 1)
+        tokens = totals[ends] - totals[:-1]
+    else:
+        counts = np.maximum(1, micro_batch_tokens // predicted)
+        ends = np.minimum(starts + counts, len(by_length))
+        tokens = (ends - starts) * predicted
+    start = int(tokens.argmax())
+    return by_length[start : ends[start]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,8 +283,6 @@ def pack(documents: Sequence[NDArray[Any]]) -> PackedBatch:
 
 def scoring_batches(lengths: NDArray[Any], *, micro_batch_tokens: int) -> list[Indices]:
     """Every document once, longest first, under the padded token budget: for evaluation."""
-    everything = np.arange(len(lengths), dtype=np.int64)
-    cut = split_micro_batches(
-        lengths, everything, world_size=1, micro_batch_tokens=micro_batch_tokens
-    )
-    return [step[0] for step in cut]
+    by_length, predicted = _longest_first(lengths, np.arange(len(lengths), dtype=np.int64))
+    cuts = _cut_padded(predicted, micro_batch_tokens)
+    return [by_length[start:end] for start, end in itertools.pairwise(cuts)]

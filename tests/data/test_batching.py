@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accel_gpt2.data.batching import collate, epoch_batches, scoring_batches, split_micro_batches
+from accel_gpt2.data.batching import (
+    collate,
+    epoch_batches,
+    largest_micro_batch,
+    scoring_batches,
+    split_micro_batches,
+)
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=300).map(np.array)
 
@@ -64,6 +70,57 @@ def test_micro_batches_keep_the_global_batch(
     for piece in pieces:
         if len(piece) > 1:
             assert len(piece) * (lengths[piece].max() - 1) <= budget
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=LENGTHS, world_size=st.integers(1, 4), budget=st.integers(1, 500))
+def test_micro_batches_are_few_and_alike(lengths: np.ndarray, world_size: int, budget: int) -> None:
+    """Filling each to the budget gives no fewer, but for one for each rank; and none could be
+    smaller without one more, to a sixty-fourth."""
+    everything = np.arange(len(lengths))
+    steps = split_micro_batches(
+        lengths, everything, world_size=world_size, micro_batch_tokens=budget
+    )
+    filled = scoring_batches(lengths, micro_batch_tokens=budget)
+    assert len(steps) == -(-len(filled) // world_size)
+    pieces = [piece for ranks in steps for piece in ranks if len(piece)]
+    largest = max(len(piece) * (lengths[piece].max() - 1) for piece in pieces)
+    less = int(largest * (1 - 1 / 32)) - 2
+    if len(pieces) > 1 and less >= lengths.max():
+        assert len(scoring_batches(lengths, micro_batch_tokens=less)) > len(steps) * world_size
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_no_micro_batch_is_a_small_rest(world_size: int) -> None:
+    """At the lengths of AG News the smallest of a step has over half of what the largest has."""
+    lengths = np.random.default_rng(0).lognormal(3.95, 0.35, size=20_000).astype(int) + 3
+    shares = []
+    for batch in epoch_batches(
+        lengths, global_batch_tokens=8192, global_batch_size=None, seed=0, epoch=1
+    ):
+        steps = split_micro_batches(lengths, batch, world_size=world_size, micro_batch_tokens=2048)
+        tokens = [int((lengths[piece] - 1).sum()) for ranks in steps for piece in ranks]
+        shares.append(min(tokens) / max(tokens))
+    assert np.median(shares) > 0.6
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=LENGTHS, budget=st.integers(1, 500), seed=st.integers(0, 9), packed=st.booleans())
+def test_no_micro_batch_is_larger_than_the_largest(
+    lengths: np.ndarray, budget: int, seed: int, packed: bool
+) -> None:
+    """What is tried before the first step is at least as large as any that comes."""
+    tried = largest_micro_batch(lengths, micro_batch_tokens=budget, packed=packed)
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    for batch in np.array_split(order, 1 + len(order) // 20):
+        for (piece,) in split_micro_batches(
+            lengths, batch, world_size=1, micro_batch_tokens=budget, packed=packed
+        ):
+            if packed:
+                assert (lengths[piece] - 1).sum() <= max(budget, (lengths[tried] - 1).sum())
+            else:
+                padded = len(piece) * (lengths[piece].max() - 1)
+                assert padded <= len(tried) * (lengths[tried].max() - 1)
 
 
 def test_padding_stays_small_on_news_like_lengths() -> None:

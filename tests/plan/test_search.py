@@ -280,7 +280,7 @@ def test_a_shared_base_is_resident_once() -> None:
     for option in options_of(plan):
         recipe = option.recipe
         alone = option.strategy.backend == "none" and recipe.checkpointed_layers is None
-        if alone and recipe.micro_batch_tokens == 1024 and recipe.gradient_checkpointing:
+        if alone and recipe.micro_batch_tokens == 1280 and recipe.gradient_checkpointing:
             need[option.placement] = option.device.expected
     assert need["sequential"] < need["shared-base"] < 1.2 * need["sequential"]
     assert need["concurrent"] == 4 * need["sequential"]
@@ -374,7 +374,7 @@ def test_few_candidates_are_planned() -> None:
 
     asked, machines = [layer(model="gpt2-xl")], PROFILES["2x-rtx4070ti"]
     quick = plan_run(asked, machines, depth="some", memory_of=counted)
-    assert 50 < calls <= 160
+    assert 50 < calls <= 200
     whole = plan_run(asked, machines, depth="all")
     assert quick.recommended is not None
     assert quick.recommended == whole.recommended
