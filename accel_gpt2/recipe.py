@@ -128,7 +128,7 @@ class TrainRecipe:
     # How the run goes; results change by rounding at most.
     profile: str = "auto"
     placement: PlacementChoice = "auto"  # of one model per class
-    micro_batch_tokens: Count = 4096  # padded tokens that go through at once
+    micro_batch_tokens: Count = 4096  # that go through at once, padding included
     packing: Switch = "auto"  # rows of whole documents without padding, each sees itself alone
     compile: Switch = "auto"  # torch.compile; auto: where the run is long enough to repay it
     gradient_checkpointing: bool = False

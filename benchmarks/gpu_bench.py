@@ -41,7 +41,6 @@ from accel_gpt2.catalog.datasets import DATASETS
 from accel_gpt2.catalog.gpus import GpuSpec, find_gpu
 from accel_gpt2.catalog.models import MODELS, ModelSpec
 from accel_gpt2.data.tokenized import TokenizedDocuments
-from accel_gpt2.plan.candidates import ROOM_FOR_PADDING
 from accel_gpt2.plan.flops import peak_flops_per_second, train_flops_per_token
 from accel_gpt2.recipe import Finetuning, TrainRecipe
 from accel_gpt2.trace.step import autocast
@@ -90,13 +89,15 @@ class Case:
     lengths: str
     finetuning: Finetuning = "full"
     compiled: bool = False
+    packed: bool = True
 
     @property
     def label(self) -> str:
         """One line for a table."""
         lora = ", LoRA" if self.finetuning == "lora" else ""
         compiled = ", compiled" if self.compiled else ""
-        return f"{self.model}, {self.lengths}{lora}: {self.side}{compiled}"
+        padded = "" if self.packed else ", padded"
+        return f"{self.model}, {self.lengths}{lora}: {self.side}{compiled}{padded}"
 
     @property
     def accumulation(self) -> int:
@@ -114,6 +115,7 @@ def cases(sizes: str) -> Iterator[Case]:
         for side in ("ours", "Trainer padded", "Trainer grouped", "Trainer flattened"):
             yield _case(side, "gpt2-tiny", "AG News")
         yield _case("ours", "gpt2-tiny", "64")
+        yield _case("ours", "gpt2-tiny", "AG News", packed=False)
         yield _case("ours", "gpt2-tiny", "AG News", finetuning="lora")
         yield _case("nanoGPT", "gpt2-tiny", "64")
         return
@@ -126,6 +128,7 @@ def cases(sizes: str) -> Iterator[Case]:
     yield _case("ours", "gpt2", "1024", compiled=True)
     yield _case("nanoGPT", "gpt2", "1024")
     yield _case("nanoGPT", "gpt2", "1024", compiled=True)
+    yield _case("ours", "gpt2", "AG News", packed=False)
     yield _case("Trainer grouped", "gpt2", "AG News")
     yield _case("Trainer flattened", "gpt2", "AG News")
     yield _case("ours", "gpt2-medium", "1024", compiled=True)
@@ -271,10 +274,12 @@ class Bench:
             max_length=self.scale.longest + 1,
             finetuning=case.finetuning,
             global_batch_tokens=self.scale.step_tokens,
+            # Padded, few of a step are alike in length: several micro batches waste less.
             micro_batch_tokens=max(
                 self.scale.longest,
-                int(ROOM_FOR_PADDING * self.scale.step_tokens) // case.accumulation,
+                self.scale.step_tokens // (case.accumulation if case.packed else 4),
             ),
+            packing="on" if case.packed else "off",
             mixed_precision=self.precision,
             compile="on" if case.compiled else "off",
             evaluate_every_steps=10**6,
@@ -353,7 +358,7 @@ class Bench:
         ours, stock = self.model(case), self.stock_model(case)
         stock.load_state_dict(ours.model.state_dict())
         documents = self.documents("AG News")
-        ours.pack_rows(self.recipe(case))
+        ours.pack_rows(self.recipe(case), self.device)
         batch = [documents.document(i) for i in range(16)]
         labels = np.zeros(len(batch), dtype=np.int64)
         num_targets = sum(len(x) - 1 for x in batch)

@@ -131,6 +131,7 @@ def compare(size: Size, rounds: int) -> tuple[list[float], list[float]]:
 def _language_model(recipe: TrainRecipe, size: Size) -> LanguageModel:
     model = build_model(recipe, vocab_size=size.vocab_size, eos_token_id=0).train()
     assert isinstance(model, LanguageModel)
+    model.pack_rows(recipe, torch.device("cpu"))
     return model
 
 
@@ -162,7 +163,11 @@ def _plain(
     while True:
         for batch in schedule.epoch(step // len(schedule.epoch(0))):
             pieces = split_micro_batches(
-                documents.lengths, batch, world_size=1, micro_batch_tokens=recipe.micro_batch_tokens
+                documents.lengths,
+                batch,
+                world_size=1,
+                micro_batch_tokens=recipe.micro_batch_tokens,
+                packed=model.packed,
             )
             num_targets = int((documents.lengths[batch] - 1).sum())
             for (piece,) in pieces:

@@ -12,7 +12,7 @@ from pathlib import Path
 # Not as `tests.agreement`: gpuhunt installs a `tests` of its own, which is found first.
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "agreement"))
 
-from memory_grid import Comparison, compare, configurations, options
+from memory_grid import Comparison, compare, configurations, options, rows
 
 from accel_gpt2.units import MIB
 from accel_gpt2.versions import installed_versions
@@ -23,15 +23,17 @@ COUNT, N_LAYER = 64, 3
 def main() -> None:
     """Write the page."""
     drawn, by_hand = configurations(COUNT, n_layer=N_LAYER), options(n_layer=N_LAYER)
-    comparisons = compare([*drawn, *by_hand])
+    packed = rows(n_layer=N_LAYER)
+    comparisons = compare([*drawn, *by_hand, *packed])
     errors = [comparison.relative_error for comparison in comparisons]
     versions = installed_versions()
     lines = [
         "# Memory: closed form against trace",
         "",
         f"{len(comparisons)} configurations: {COUNT}, the first by hand and the others drawn with "
-        f"a fixed seed, and {len(by_hand)} of options that save memory. All sizes at their real "
-        f"width, {N_LAYER} blocks, one GPU. `plan.memory` is compared with a "
+        f"a fixed seed, {len(by_hand)} of options that save memory, and {len(packed)} of packed "
+        f"rows, for whose padding plans leave an eighth and traces have none. All sizes at their "
+        f"real width, {N_LAYER} blocks, one GPU. `plan.memory` is compared with a "
         "trace of our own step on fake tensors (`accel_gpt2.trace`): the largest sum of allocated "
         "tensors, each a multiple of 512 bytes.",
         "",
@@ -61,6 +63,8 @@ def _row(comparison: Comparison) -> str:
     if recipe.gradient_checkpointing:
         of = "" if recipe.checkpointed_layers is None else f" of {recipe.checkpointed_layers}"
         training.append(f"checkpointing{of}")
+    if recipe.packing == "on":
+        training.append("packed rows")
     if recipe.release_gradients:
         training.append("released gradients")
     if recipe.dropout:

@@ -85,6 +85,7 @@ class Case:
     checkpointed_layers: int | None = None
     released: bool = False
     accumulation: int = 1
+    packed: bool = False
     dropout: float = 0.1
     stock: bool = False
 
@@ -108,6 +109,7 @@ class Case:
             *(["released gradients"] if self.released else []),
             *([f"{self.accumulation} micro batches"] if self.accumulation > 1 else []),
             *(["no dropout"] if self.dropout == 0 else []),
+            *(["packed rows"] if self.packed else []),
             *(["stock loss"] if self.stock else []),
         ]
         return ", ".join(parts)
@@ -131,6 +133,7 @@ class Case:
             checkpointed_layers=self.checkpointed_layers,
             release_gradients=self.released,
             max_grad_norm=0.0 if self.released else 1.0,
+            packing="on" if self.packed else "off",
             dropout=self.dropout,
             fused_gelu=not self.stock,
         )
@@ -148,6 +151,7 @@ _LORA: dict[str, Any] = {"finetuning": "lora"}
 _QLORA: dict[str, Any] = {"finetuning": "qlora"}
 _STOCK: dict[str, Any] = {"stock": True}
 _RELEASED: dict[str, Any] = {"released": True}
+_PACKED: dict[str, Any] = {"packed": True}
 _PAGED: dict[str, Any] = {"optimizer": "adamw_8bit_paged"}
 _MEDIUM, _LARGEST = "gpt2-medium", "gpt2-xl"
 
@@ -155,6 +159,8 @@ _MEDIUM, _LARGEST = "gpt2-medium", "gpt2-xl"
 CASES = (
     _case("gpt2", "bf16", "8x1024"),
     _case("gpt2", "bf16", "8x1024", **_STOCK),
+    _case("gpt2", "bf16", "8x1024", **_PACKED),
+    _case("gpt2", "bf16", "8x1024", **_PACKED, dropout=0.0),
     _case("gpt2", "no", "4x1024"),
     _case("gpt2", "fp16", "8x1024"),
     _case("gpt2", "pure_bf16", "8x1024"),
@@ -171,6 +177,8 @@ CASES = (
     _case(_LARGEST, "pure_bf16", "1x1024", **_LARGE, **_PAGED),
     _case(_LARGEST, "bf16", "1x1024", **_LARGE, **_LORA, use_dora=True),
     _case(_LARGEST, "bf16", "1x1024", **_LARGE, **_QLORA, quantization="int8"),
+    _case("gpt2-large", "bf16", "1x1024", **_LARGE, **_PACKED),
+    _case(_LARGEST, "pure_bf16", "1x1024", **_EIGHT, **_PACKED),
     _case("gpt2", "bf16", "64x128"),
     _case("gpt2", "bf16", "1x1024"),
     _case("gpt2", "bf16", "8x512"),
@@ -225,6 +233,7 @@ TINY_CASES = tuple(
         ("4x64", {**_LARGE, "checkpointed_layers": 1}),
         ("4x64", {**_LORA, "use_dora": True}),
         ("4x64", _RELEASED),
+        ("4x64", _PACKED),
     )
 )
 
@@ -434,6 +443,7 @@ def _model(case: Case, device: torch.device, folder: Path) -> LanguageModel:
     with device:  # random numbers are drawn there: a CPU takes a minute for the largest
         model = build_model(recipe, vocab_size=spec.vocab_size, eos_token_id=spec.vocab_size - 1)
     assert isinstance(model, LanguageModel)
+    model.pack_rows(recipe, device)
     return model.to(device)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from accel_gpt2.classify import fit as fitting
 from accel_gpt2.errors import StoppedEarly
 from accel_gpt2.recipe import Layer, resolve
-from accel_gpt2.train import loop
+from accel_gpt2.train import prefetch
 from accel_gpt2.train.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
 from accel_gpt2.train.schedule import BatchSchedule
 
@@ -38,7 +38,7 @@ def _write_texts(path: Path, num_documents: int) -> None:
 def _start(resolved: Any, run: Path) -> dict[str, float]:
     """Start the run, stop it after the large class's first step, and say when what happened."""
     times: dict[str, float] = {}
-    real_split, real_prepare = loop.split_micro_batches, fitting.prepare_data
+    real_split, real_prepare = prefetch.split_micro_batches, fitting.prepare_data
     real_epoch = BatchSchedule.epoch
     times["order"] = 0.0
 
@@ -59,7 +59,7 @@ def _start(resolved: Any, run: Path) -> dict[str, float]:
             os.kill(os.getpid(), signal.SIGTERM)
         return real_split(*arguments, **options)
 
-    loop.split_micro_batches, fitting.prepare_data = split, prepared
+    prefetch.split_micro_batches, fitting.prepare_data = split, prepared
     BatchSchedule.epoch = epoch  # type: ignore[method-assign]
     times["start"] = time.perf_counter()
     try:
@@ -67,7 +67,7 @@ def _start(resolved: Any, run: Path) -> dict[str, float]:
     except StoppedEarly:
         pass
     finally:
-        loop.split_micro_batches, fitting.prepare_data = real_split, real_prepare
+        prefetch.split_micro_batches, fitting.prepare_data = real_split, real_prepare
         BatchSchedule.epoch = real_epoch  # type: ignore[method-assign]
     return times
 

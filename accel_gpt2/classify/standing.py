@@ -18,6 +18,7 @@ from accel_gpt2.classify.run import (
     read_training_record,
     write_recipe,
 )
+from accel_gpt2.data.batching import BATCHES_VERSION
 from accel_gpt2.durable import make_directory, write_json, write_text, writing
 from accel_gpt2.errors import UsageError, UserError
 from accel_gpt2.recipe import FIELDS, WARNED_FIELDS, TrainRecipe, result_differences
@@ -100,6 +101,7 @@ def part_identity(recipe: TrainRecipe, data: PreparedData, part: Part) -> Identi
         class_name=part.name,
         data_fingerprint=data.text.fingerprint,
         tokenizer_fingerprint=data.tokenizer.fingerprint,
+        batches=BATCHES_VERSION,
         recipe=recipe_values,
     )
 
@@ -117,6 +119,8 @@ def _changes(there: Identity, here: Identity, recipe: TrainRecipe, path: Path) -
         problems.append("the training text has changed since")
     if there.tokenizer_fingerprint != here.tokenizer_fingerprint:
         problems.append("the tokenizer has changed since")
+    if there.batches != here.batches:
+        problems.append("another version of accel-gpt2 made its batches, of other documents")
     old_values: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in there.recipe.items()

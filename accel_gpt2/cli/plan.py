@@ -132,5 +132,7 @@ def _words(options: TrainOptions, made: "RunPlan") -> list[str]:
         return words
     recipe, origins = made.recommended.recipe, made.asked.origins
     free = {key: getattr(recipe, key) for key in CHOICES if origins[key] == "default"}
+    if origins["placement"] == "default" and made.data is not None and made.data.num_classes > 1:
+        free["placement"] = made.recommended.placement
     chosen = " ".join(typed_option(key, x) for key, x in free.items() if x is not None)
     return [*words, *chosen.split()]

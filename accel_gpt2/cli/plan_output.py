@@ -1,5 +1,6 @@
 """What `plan` prints: the recommended recipe against the card, what comes next, and why not."""
 
+import dataclasses
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from accel_gpt2.cli.output import print_line, print_table
 from accel_gpt2.errors import UsageError, nearest
 from accel_gpt2.plan.absent import WHEN_THERE
 from accel_gpt2.plan.memory import MemoryTerm
+from accel_gpt2.plan.packing import packs_rows
 from accel_gpt2.plan.placement import PLACEMENTS, num_models
 from accel_gpt2.plan.run_plan import Option, Rejected, RunPlan, memory_parts
 from accel_gpt2.plan.throughput import TimeTerm
@@ -95,10 +97,12 @@ def _facts(plan: RunPlan, option: Option) -> list[tuple[str, str]]:
         if recipe.global_batch_tokens
         else f"{recipe.global_batch_size:,} documents"
     )
+    packed = packs_rows(dataclasses.replace(recipe, placement=option.placement))
+    rows = "tokens, in rows without padding" if packed else "padded tokens"
     facts = [
         ("memory", f"{of_usable(option)}: {option.verdict}"),
         ("peak", memory.advice(recipe)),
-        ("step", f"{batch}, in micro batches of {recipe.micro_batch_tokens:,} padded tokens"),
+        ("step", f"{batch}, in micro batches of {recipe.micro_batch_tokens:,} {rows}"),
     ]
     if plan.profile.gpu is not None:
         each = " for each model" if option.placement == "concurrent" else ""

@@ -8,22 +8,20 @@ global batch into micro batches changes rounding only.
 
 import bisect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from accel_gpt2.plan.cutting import cut_by_tokens, cut_evenly, cut_padded
+from accel_gpt2.plan.packing import GROUP_PADDING
+
 Indices = NDArray[np.int64]
 
-# Documents of similar length share a batch. They are found among this many batches of shuffled
-# documents: enough for little padding, few enough that batches stay a random sample.
-_POOL_BATCHES = 64
-
-# Lengths are blurred by this much before sorting, so that a data set smaller than one pool is not
-# cut into the same batches in every epoch.
-_LENGTH_BLUR = 0.1
+# Raised whenever the same recipe, lengths and seed give other batches: no run goes on with them.
+BATCHES_VERSION = 2
 
 
 class Documents(Protocol):
@@ -45,7 +43,10 @@ def epoch_batches(
     seed: int,
     epoch: int,
 ) -> list[Indices]:
-    """The global batches of one epoch: each document exactly once, in a seeded order.
+    """The global batches of one epoch: each document exactly once, in a seeded random order.
+
+    No batch is chosen by length: batches of documents of one length save padding and learn less
+    (docs/decisions/001-batches.md).
 
     Args:
         lengths: tokens of each document, BOS and EOS included, shape [num_documents].
@@ -61,86 +62,18 @@ def epoch_batches(
     >>> sorted(int(i) for batch in batches for i in batch), 1 in batches[0]
     ([0, 1, 2, 3], True)
     """
-    random = np.random.default_rng((seed, epoch))
-    order = random.permutation(len(lengths))
-    predicted = np.asarray(lengths, dtype=np.int64) - 1
+    order = np.random.default_rng((seed, epoch)).permutation(len(lengths))
     if global_batch_size is not None:
-        documents_per_batch = float(global_batch_size)
+        cuts = [*range(0, len(order), global_batch_size), len(order)]
     else:
         assert global_batch_tokens is not None, "the recipe gives one of the two"
-        mean = float(predicted.mean()) if len(predicted) else 1.0
-        documents_per_batch = max(1.0, global_batch_tokens / max(1.0, mean))
-    pool_size = max(1, round(_POOL_BATCHES * documents_per_batch))
-
-    batches: list[Indices] = []
-    for start in range(0, len(order), pool_size):
-        pool = order[start : start + pool_size]
-        blur = random.uniform(1 - _LENGTH_BLUR, 1 + _LENGTH_BLUR, size=len(pool))
-        pool = pool[np.argsort(predicted[pool] * blur, kind="stable")]
-        if global_batch_size is not None:
-            cuts = [*range(0, len(pool), global_batch_size), len(pool)]
-        else:
-            cuts = _cut_by_tokens(predicted[pool], global_batch_tokens or 1)
-        batches += [pool[start:end] for start, end in itertools.pairwise(cuts)]
-
-    shuffled = [batches[i] for i in random.permutation(len(batches))]
-    if epoch == 0 and shuffled:
-        longest = np.maximum.reduceat(
-            np.asarray(lengths)[np.concatenate(shuffled)],
-            np.cumsum([0, *(len(batch) for batch in shuffled[:-1])]),
-        )
-        shuffled.insert(0, shuffled.pop(int(longest.argmax())))
-    return shuffled
-
-
-def _cut_by_tokens(tokens: Sequence[int] | Indices, budget: int) -> list[int]:
-    """Where pieces begin and end, each as full as the budget allows and one document at least.
-
-    >>> _cut_by_tokens(np.array([3, 4, 9, 2]), 7)
-    [0, 2, 3, 4]
-    """
-    # A list and bisect: a call of numpy per piece would take most of a resumed run's first second.
-    totals = [0, *np.cumsum(tokens).tolist()]
-    cuts = [0]
-    while cuts[-1] < len(tokens):
-        start = cuts[-1]
-        end = bisect.bisect_right(totals, totals[start] + budget, lo=start) - 1
-        cuts.append(max(end, start + 1))
-    return cuts
-
-
-def _cut_padded(tokens: Sequence[int], budget: int) -> list[int]:
-    """The same for documents that are padded to the first of their piece, the longest.
-
-    >>> _cut_padded([9, 4, 3, 2], 8)
-    [0, 1, 3, 4]
-    """
-    cuts = [0]
-    while cuts[-1] < len(tokens):
-        count = max(1, budget // max(1, tokens[cuts[-1]]))
-        cuts.append(min(cuts[-1] + count, len(tokens)))
-    return cuts
-
-
-def _cut_evenly(
-    cut: Callable[[Sequence[int], int], list[int]],
-    tokens: Sequence[int],
-    budget: int,
-    world_size: int,
-) -> list[int]:
-    """As few pieces as the budget allows, but for one for each rank, and those as small as they
-    can be, to a sixty-fourth: a small last piece takes a GPU's host as long as a large one, and a
-    rank with a small piece waits for the others."""
-    cuts = cut(tokens, budget)
-    num_pieces = -(-(len(cuts) - 1) // world_size) * world_size
-    too_small, enough = sum(tokens) // max(1, num_pieces) - 1, budget
-    while num_pieces > 1 and enough - too_small > max(1, enough // 64):
-        tried = cut(tokens, (too_small + enough) // 2)
-        if len(tried) - 1 <= num_pieces:
-            cuts, enough = tried, (too_small + enough) // 2
-        else:
-            too_small = (too_small + enough) // 2
-    return cuts
+        predicted = np.asarray(lengths, dtype=np.int64)[order] - 1
+        cuts = cut_by_tokens(predicted.tolist(), global_batch_tokens)
+    batches = [order[start:end] for start, end in itertools.pairwise(cuts)]
+    if epoch == 0 and batches:
+        place = int(np.flatnonzero(order == np.asarray(lengths).argmax())[0])
+        batches.insert(0, batches.pop(bisect.bisect_right(cuts, place) - 1))
+    return batches
 
 
 def _longest_first(lengths: NDArray[Any], batch: Indices) -> tuple[Indices, list[int]]:
@@ -166,8 +99,8 @@ def split_micro_batches(
     ranks.
     """
     by_length, predicted = _longest_first(lengths, batch)
-    cut = _cut_by_tokens if packed else _cut_padded
-    cuts = _cut_evenly(cut, predicted, micro_batch_tokens, world_size)
+    cut = cut_by_tokens if packed else cut_padded
+    cuts = cut_evenly(cut, predicted, micro_batch_tokens, world_size)
     pieces = [by_length[start:end] for start, end in itertools.pairwise(cuts)]
     while len(pieces) % world_size:
         widest = max(range(len(pieces)), key=lambda i: len(pieces[i]))
@@ -249,40 +182,78 @@ class PackedBatch:
     """Documents one after another in a single row, shifted for next-token prediction.
 
     `input_ids` and `position_ids` (from 0 in each document) are [1, num_tokens], `targets`
-    [num_tokens]. `valid` [documents, longest] is True where a document has a token, in the row's
-    order. A row without documents has one token and no target.
+    [num_tokens], `starts` [documents + 1] where each document begins in the row, and its end. A row
+    without documents has one token and no target.
+
+    Attention wants documents beside each other. Those of neighbouring lengths form a group, padded
+    to its longest: `slots` [num_tokens] has each token's place in all groups after one another,
+    flattened, and `groups` an array [documents, longest, 0] for each. They hold nothing: sizes
+    travel as shapes, which the host knows without asking the device.
     """
 
     input_ids: NDArray[np.int64]
     targets: NDArray[np.int64]
     position_ids: NDArray[np.int64]
-    valid: NDArray[np.bool_]
+    starts: NDArray[np.int32]
+    slots: NDArray[np.int64]
+    groups: tuple[NDArray[np.int64], ...]
 
 
-def pack(documents: Sequence[NDArray[Any]]) -> PackedBatch:
+def pack(documents: Sequence[NDArray[Any]], *, group_padding: float = GROUP_PADDING) -> PackedBatch:
     """Put whole documents (BOS, tokens, EOS) behind one another.
 
     No document at all gives, as in `collate`, a row with nothing to predict.
 
+    Args:
+        group_padding: of a group at most, as a share of its tokens; `math.inf` makes one group.
+
     >>> batch = pack([np.array([9, 5, 6, 9]), np.array([9, 7, 9])])
     >>> batch.input_ids.tolist(), batch.targets.tolist()
     ([[9, 5, 6, 9, 7]], [5, 6, 9, 7, 9])
-    >>> batch.position_ids.tolist(), batch.valid.sum(axis=1).tolist()
-    ([[0, 1, 2, 0, 1]], [3, 2])
+    >>> batch.position_ids.tolist(), batch.starts.tolist()
+    ([[0, 1, 2, 0, 1]], [0, 3, 5])
+    >>> [group.shape for group in batch.groups], batch.slots.tolist()
+    ([(1, 3, 0), (1, 2, 0)], [0, 1, 2, 3, 4])
     """
     inputs = [document[:-1] for document in documents] or [np.zeros(1, np.int64)]
-    sizes = np.array([len(tokens) for tokens in inputs])
     targets = [document[1:] for document in documents] or [np.zeros(0, np.int64)]
+    sizes = [len(tokens) for tokens in inputs]
+    slots: list[NDArray[np.int64]] = []
+    groups: list[NDArray[np.int64]] = []
+    num_slots = 0
+    for first, end in itertools.pairwise(_group_by_length(sizes, group_padding)):
+        longest = max(sizes[first:end])
+        slots += [num_slots + n * longest + np.arange(x) for n, x in enumerate(sizes[first:end])]
+        groups.append(np.empty((end - first, longest, 0), dtype=np.int64))
+        num_slots += (end - first) * longest
     return PackedBatch(
         input_ids=np.concatenate(inputs, dtype=np.int64)[None],
         targets=np.concatenate(targets, dtype=np.int64),
         position_ids=np.concatenate([np.arange(size) for size in sizes])[None],
-        valid=np.arange(sizes.max()) < sizes[:, None],
+        starts=np.cumsum([0, *sizes], dtype=np.int32),
+        slots=np.concatenate(slots),
+        groups=tuple(groups),
     )
+
+
+def _group_by_length(sizes: Sequence[int], most_padding: float) -> list[int]:
+    """Where groups of neighbours begin and end that little padding makes equally long.
+
+    >>> _group_by_length([9, 9, 8, 4, 4, 2], 0.125)
+    [0, 3, 5, 6]
+    """
+    cuts = [0]
+    longest = tokens = 0
+    for number, size in enumerate(sizes):
+        longest, tokens = max(longest, size), tokens + size
+        if (number + 1 - cuts[-1]) * longest > (1 + most_padding) * tokens:
+            cuts.append(number)
+            longest = tokens = size
+    return [*cuts, len(sizes)]
 
 
 def scoring_batches(lengths: NDArray[Any], *, micro_batch_tokens: int) -> list[Indices]:
     """Every document once, longest first, under the padded token budget: for evaluation."""
     by_length, predicted = _longest_first(lengths, np.arange(len(lengths), dtype=np.int64))
-    cuts = _cut_padded(predicted, micro_batch_tokens)
+    cuts = cut_padded(predicted, micro_batch_tokens)
     return [by_length[start:end] for start, end in itertools.pairwise(cuts)]

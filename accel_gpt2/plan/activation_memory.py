@@ -6,6 +6,7 @@ off traces of the step (`accel_gpt2.trace`), it says so.
 
 from accel_gpt2.plan.gpt2_step import PROJECTIONS, Gpt2Step, term
 from accel_gpt2.plan.memory_types import MemoryTerm
+from accel_gpt2.plan.packing import GROUP_PADDING
 
 
 def saved_per_token(step: Gpt2Step) -> float:
@@ -24,6 +25,9 @@ def saved_per_token(step: Gpt2Step) -> float:
         # fp32 under autocast, because pow is.
         saved += 4 * (4 + 4 + 4 if not step.pure else 2 + 2 + 2)
     saved += 2 * step.dropout_bytes
+    if step.attends_in_groups:
+        # Query, key, value and attention's output are padded; its output without it is kept too.
+        saved += e * (4 * GROUP_PADDING + (step.full or "attn.c_proj" in step.adapted))
     if not step.full:
         saved += _adapter_inputs(step)
     return saved

@@ -10,6 +10,7 @@ from typing import Literal
 from accel_gpt2.catalog.profiles import HardwareProfile
 from accel_gpt2.catalog.strategies import STRATEGIES, ShardingStrategy
 from accel_gpt2.errors import UsageError
+from accel_gpt2.plan.packing import packs_rows
 from accel_gpt2.plan.placement import Placement, applicable_placements
 from accel_gpt2.recipe import Layer, ResolvedRecipe, TrainRecipe, resolve
 
@@ -25,9 +26,8 @@ CHOICES = (*RESULT_CHOICES, *RUN_CHOICES)
 # The recipe's own default, which is enough to keep a CPU or a small model busy.
 _ALWAYS_TRIED_TOKENS = TrainRecipe().micro_batch_tokens
 
-# Of 2,000 batches of 8,192 document tokens at the lengths of AG News and of IMDB, 2% have more
-# padded tokens than 1.25 times theirs, and nearly all more than theirs.
-ROOM_FOR_PADDING = 1.25
+# Without it nearly every half of a batch would be a little too small for its part.
+_ROOM = 1.25
 
 _WORDS: Mapping[str, Mapping[object, str]] = MappingProxyType(
     {
@@ -251,14 +251,14 @@ def fewest_checkpointed(
 def micro_batch_candidates(
     recipe: TrainRecipe, *, longest_tokens: int, num_gpus: int
 ) -> tuple[int, ...]:
-    """Padded tokens: one whole document, and halves of halves of a GPU's share of the global batch.
+    """Tokens: one whole document, and halves of halves of a GPU's share of the global batch.
 
-    Smaller ones would save nothing, since a micro batch holds at least one document; and a share
-    without room for its padding would be cut once more than it has to be.
+    Smaller ones would save nothing, since a micro batch holds at least one document. Halves have
+    room for padding and for whole documents, without which they would be cut once more.
 
     >>> micro_batch_candidates(TrainRecipe(), longest_tokens=1024, num_gpus=1)
-    (1024, 2560, 5120, 10240)
-    >>> micro_batch_candidates(TrainRecipe(), longest_tokens=1000, num_gpus=4)
+    (1024, 2560, 5120, 8192)
+    >>> micro_batch_candidates(TrainRecipe(packing="off"), longest_tokens=1000, num_gpus=4)
     (512, 1280, 2560, 5120)
     >>> micro_batch_candidates(TrainRecipe(), longest_tokens=1024, num_gpus=0)
     (1024, 2048, 4096)
@@ -269,9 +269,11 @@ def micro_batch_candidates(
     largest = max(_ALWAYS_TRIED_TOKENS, share) if num_gpus else _ALWAYS_TRIED_TOKENS
     smallest = 2 ** (longest_tokens.bit_length() - 1)
     if num_gpus and recipe.global_batch_tokens is not None:
-        largest = math.ceil(largest * ROOM_FOR_PADDING)
+        largest = math.ceil(largest * _ROOM)
     halves = []
     while largest > 1.5 * smallest:
         halves.append(largest)
         largest = -(-largest // 2)
+    if halves and num_gpus == 1 and packs_rows(recipe):
+        halves[0] = min(halves[0], share)  # all of it
     return (smallest, *reversed(halves))

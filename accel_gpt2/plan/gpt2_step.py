@@ -31,7 +31,8 @@ class Gpt2Step:
 
     `tokens` are those of a micro batch, padding included, and `length` those of its longest
     document that go in. `accumulates` says whether a step has more than one micro batch, so that
-    gradients are there while the next one goes through.
+    gradients are there while the next one goes through. `attends_in_groups` is
+    `plan.packing.attends_in_groups`.
     """
 
     recipe: TrainRecipe
@@ -43,6 +44,7 @@ class Gpt2Step:
     accumulates: bool
     stock_loss: bool
     on_gpu: bool
+    attends_in_groups: bool
 
     # ---- Widths, in bytes an element.
 

@@ -11,6 +11,7 @@ from accel_gpt2.plan.device_memory import StateSizes, assemble_plan
 from accel_gpt2.plan.gpt2_memory import phases
 from accel_gpt2.plan.gpt2_step import PROJECTIONS, Gpt2Step
 from accel_gpt2.plan.memory_types import ByteRange, MemoryPhase, MemoryPlan, MemoryTerm, Verdict
+from accel_gpt2.plan.packing import attends_in_groups, packs_rows
 from accel_gpt2.plan.state_memory import sizes
 from accel_gpt2.recipe import TrainRecipe
 
@@ -26,12 +27,6 @@ __all__ = [
     "micro_batch",
     "plan_memory",
 ]
-
-# The padded tokens of the widest batch of an epoch for each of its document tokens. Length buckets
-# leave 3% to 10% of padding on average; the last batch may hold few documents of all lengths, and
-# had 4.8 in the worst of 1,500 epochs (log-normal lengths, medians 20 to 300, batches of 256 to
-# 16,384 tokens).
-_WORST_PADDING = 5
 
 
 def covers(recipe: TrainRecipe, model: ModelSpec) -> bool:
@@ -52,9 +47,10 @@ def covers(recipe: TrainRecipe, model: ModelSpec) -> bool:
 
 
 def micro_batch(
-    recipe: TrainRecipe, *, longest_tokens: int, world_size: int = 1
+    recipe: TrainRecipe, *, longest_tokens: int, world_size: int = 1, packed: bool = False
 ) -> tuple[int, bool]:
-    """The largest micro batch in padded tokens, and whether a step may have more than one.
+    """The largest micro batch in tokens, padding included, and whether a step may have more than
+    one.
 
     >>> micro_batch(TrainRecipe(micro_batch_tokens=4096, global_batch_tokens=8192),
     ...             longest_tokens=1024)
@@ -62,17 +58,22 @@ def micro_batch(
     >>> micro_batch(TrainRecipe(micro_batch_tokens=4096, global_batch_size=2,
     ...             global_batch_tokens=None), longest_tokens=1024)
     (2046, False)
+    >>> micro_batch(TrainRecipe(micro_batch_tokens=10240, global_batch_tokens=8192),
+    ...             longest_tokens=1024, packed=True)
+    (8192, False)
     """
     length = longest_tokens - 1  # what goes in: all but the last token
     if recipe.global_batch_size is not None:
-        padded = recipe.global_batch_size * length
+        whole = recipe.global_batch_size * length
         one_each = recipe.global_batch_size <= world_size
-    else:
-        padded = max(_WORST_PADDING * (recipe.global_batch_tokens or 0), length)
+    elif packed:
+        whole = max(recipe.global_batch_tokens or 0, length)
         one_each = False
+    else:  # padded to one long document, a batch of short ones may be of any size
+        return max(length, recipe.micro_batch_tokens), True
     # Each process's share: whole documents are dealt out.
-    share = padded if world_size == 1 else min(padded, padded // world_size + length)
-    tokens = share if padded <= recipe.micro_batch_tokens else recipe.micro_batch_tokens
+    share = whole if world_size == 1 else min(whole, whole // world_size + length)
+    tokens = share if whole <= recipe.micro_batch_tokens else recipe.micro_batch_tokens
     return max(length, tokens), share > recipe.micro_batch_tokens and not one_each
 
 
@@ -94,7 +95,12 @@ def plan_memory(
             place of ours.
     """
     world_size = 1 if strategy.backend == "none" else max(1, profile.num_gpus)
-    tokens, accumulates = micro_batch(recipe, longest_tokens=longest_tokens, world_size=world_size)
+    tokens, accumulates = micro_batch(
+        recipe,
+        longest_tokens=longest_tokens,
+        world_size=world_size,
+        packed=packs_rows(recipe) and not stock_loss,
+    )
     step = Gpt2Step(
         recipe=recipe,
         model=model,
@@ -105,6 +111,7 @@ def plan_memory(
         accumulates=accumulates,
         stock_loss=stock_loss,
         on_gpu=profile.gpu is not None,
+        attends_in_groups=attends_in_groups(recipe, profile.gpu) and not stock_loss,
     )
     return assemble_plan(
         phases(step),

@@ -293,9 +293,14 @@ def _planned(
     situation: _Situation,
     plans: _Plans,
 ) -> Option:
-    key = strategy.name, resolved.recipe
+    recipe = resolved.recipe
+    if placement == "shared-base":
+        recipe = dataclasses.replace(
+            recipe, placement=placement
+        )  # which says whether rows are packed
+    key = strategy.name, recipe
     if key not in plans:
-        plans[key] = _plans(resolved.recipe, strategy, longest_tokens, situation)
+        plans[key] = _plans(recipe, strategy, longest_tokens, situation)
     memory, time = plans[key]
     return _option(resolved, level, strategy, placement, memory, time, situation)
 

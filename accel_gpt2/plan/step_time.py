@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 from accel_gpt2.catalog.models import ModelSpec
 from accel_gpt2.catalog.optimizers import OPTIMIZERS
+from accel_gpt2.catalog.profiles import HardwareProfile
 from accel_gpt2.catalog.strategies import ShardingStrategy
 from accel_gpt2.plan.data import DataStatistics
 from accel_gpt2.plan.device_speed import Device, matmul_seconds
 from accel_gpt2.plan.flops import forward_flops
+from accel_gpt2.plan.packing import attends_in_groups
 from accel_gpt2.plan.steps import StepPlan
 from accel_gpt2.recipe import TrainRecipe
 
@@ -44,6 +46,10 @@ _KERNELS = {
     "pure_bf16": Kernels(layer_bytes=114, head_bytes=36),
 }
 _DROPOUT_BYTES = {"no": 80, "fp16": 40, "bf16": 40, "pure_bf16": 40}
+# Packed rows laid out in groups: query, key and value filled with zeros and written, the output
+# gathered, and the same for their gradients.
+_GROUPS_BYTES = {"no": 120, "fp16": 60, "bf16": 60, "pure_bf16": 60}
+_GROUPS_LAUNCHES = 1.5  # some 40 kernels more to the 75 of a block: counted for seven groups
 _PLAIN_GELU_BYTES = {"no": 656, "fp16": 736, "bf16": 736, "pure_bf16": 328}
 _FORWARD_SHARE = 1 / 3  # of the bytes
 
@@ -94,7 +100,7 @@ def time_of_step(
     model: ModelSpec,
     device: Device,
     strategy: ShardingStrategy,
-    interconnect: str,
+    profile: HardwareProfile,
     data: DataStatistics,
     steps: StepPlan,
     world_size: int,
@@ -102,6 +108,7 @@ def time_of_step(
     """One optimizer step on one of `world_size` equal devices, by what it waits for."""
     precision = recipe.mixed_precision
     adapters = recipe.finetuning != "full"
+    in_groups = attends_in_groups(recipe, profile.gpu)
     passes = (
         data.num_classes if recipe.objective == "hybrid" else 1
     )  # models a document goes through
@@ -130,7 +137,7 @@ def time_of_step(
     blocks_seconds = products(padded, times * forward.blocks + 3 * adapter)
     head_seconds = products(valid, times * head)
     attention_seconds = products(padded, 3 * attention)
-    kernels = _kernels(recipe, head_share=head / forward.head)
+    kernels = _kernels(recipe, head_share=head / forward.head, in_groups=in_groups)
     elementwise_seconds = kernel_seconds(padded, model, kernels, device)
     again_seconds = again * (
         products(padded, forward.blocks + attention + adapter)
@@ -155,6 +162,7 @@ def time_of_step(
 
     layers = model.n_layer * passes
     host = device.host_seconds_per_layer * layers * (1 + again / 3) * (1.5 if adapters else 1.0)
+    host *= _GROUPS_LAUNCHES if in_groups else 1.0
     busy = (
         blocks_seconds
         + head_seconds
@@ -185,7 +193,7 @@ def time_of_step(
         moved = 2 * trained * OPTIMIZERS[recipe.optimizer].state_bytes_per_parameter
         optimizer_seconds += moved / _HOST_LINK_BYTES_PER_SECOND
     exchange_seconds = _exchange_seconds(
-        strategy, interconnect, num_parameters, trained, precision, count, world_size, busy
+        strategy, profile.interconnect, num_parameters, trained, precision, count, world_size, busy
     )
 
     rate = f"{device.matmul_flops * device.at_width(model.n_embd) / 1e12:.3g} TFLOP/s"
@@ -228,7 +236,8 @@ def time_of_step(
         (
             "exchange",
             exchange_seconds,
-            f"{strategy.name} over {world_size} GPUs ({interconnect}): what backward cannot hide.",
+            f"{strategy.name} over {world_size} GPUs ({profile.interconnect}): what backward "
+            "cannot hide.",
         ),
         (
             "launches",
@@ -240,12 +249,13 @@ def time_of_step(
     return [TimeTerm(name=n, seconds=s, why=why) for n, s, why in found if s > 0]
 
 
-def _kernels(recipe: TrainRecipe, *, head_share: float) -> Kernels:
+def _kernels(recipe: TrainRecipe, *, head_share: float, in_groups: bool) -> Kernels:
     precision = recipe.mixed_precision
     plain = _KERNELS[precision]
     layer_bytes = plain.layer_bytes
     layer_bytes += _DROPOUT_BYTES[precision] if recipe.dropout else 0
     layer_bytes += 0 if recipe.fused_gelu else _PLAIN_GELU_BYTES[precision]
+    layer_bytes += _GROUPS_BYTES[precision] if in_groups else 0
     return Kernels(layer_bytes=layer_bytes, head_bytes=plain.head_bytes * head_share)
 
 

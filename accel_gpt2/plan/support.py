@@ -111,11 +111,6 @@ _RULES: Sequence[tuple[_Applies, str, str]] = (
         "only adapters leave the base as it is",
         "--finetuning lora or --placement sequential",
     ),
-    (
-        lambda recipe, strategy, placement: placement == "shared-base" and recipe.packing == "on",
-        "adapters on a shared base go through in rows of the same shape, and packed rows have none",
-        "--set packing=off or --placement sequential",
-    ),
 )
 
 

@@ -98,9 +98,7 @@ def plan_time(
     steps = plan_steps(recipe, data, world_size)
     step_terms = tuple(
         TimeTerm(name=term.name, seconds=term.seconds * slower, why=term.why)
-        for term in time_of_step(
-            recipe, model, device, strategy, profile.interconnect, data, steps, world_size
-        )
+        for term in time_of_step(recipe, model, device, strategy, profile, data, steps, world_size)
     )
     step_seconds = sum(term.seconds for term in step_terms)
     terms = _run_terms(recipe, model, device, data, steps, step_seconds, slower, world_size)
@@ -141,9 +139,7 @@ def cold_tokens_per_second(
     device = device_of(profile.gpu, recipe.mixed_precision, tf32=recipe.tf32) or UNKNOWN_GPU
     world_size = 1 if strategy.backend == "none" else max(1, profile.num_gpus)
     steps = plan_steps(recipe, data, world_size)
-    terms = time_of_step(
-        recipe, model, device, strategy, profile.interconnect, data, steps, world_size
-    )
+    terms = time_of_step(recipe, model, device, strategy, profile, data, steps, world_size)
     return steps.tokens / sum(term.seconds for term in terms)
 
 

@@ -6,6 +6,7 @@ from accel_gpt2.errors import UsageError
 from accel_gpt2.plan.device_memory import StateSizes, assemble_plan
 from accel_gpt2.plan.memory import micro_batch
 from accel_gpt2.plan.memory_types import MemoryPhase, MemoryPlan, MemoryTerm
+from accel_gpt2.plan.packing import packs_rows
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.trace.memory import TracedMemory, TraceRequest, trace_memory
 
@@ -37,7 +38,12 @@ def plan_traced(
         )
     exchanges = strategy.backend == "ddp" and profile.num_gpus > 1
     world_size = profile.num_gpus if exchanges else 1
-    tokens, accumulates = micro_batch(recipe, longest_tokens=longest_tokens, world_size=world_size)
+    tokens, accumulates = micro_batch(
+        recipe,
+        longest_tokens=longest_tokens,
+        world_size=world_size,
+        packed=packs_rows(recipe),
+    )
     traced = trace_memory(
         TraceRequest(
             recipe=recipe,

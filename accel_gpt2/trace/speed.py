@@ -82,6 +82,7 @@ def measure_speed(
         vocab_size=model.vocab_size,
         eos_token_id=model.vocab_size - 1,
     ).to(device)
+    trained.pack_rows(recipe, device)
     trained.train()
     optimizer = build_optimizer(trained, recipe)
     scaler = torch.amp.GradScaler(device.type) if recipe.mixed_precision == "fp16" else None
@@ -91,7 +92,11 @@ def measure_speed(
     for number, batch in zip(range(1, total + 1), batches, strict=False):
         step_started = time.monotonic()
         cut = split_micro_batches(
-            lengths, batch, world_size=1, micro_batch_tokens=recipe.micro_batch_tokens
+            lengths,
+            batch,
+            world_size=1,
+            micro_batch_tokens=recipe.micro_batch_tokens,
+            packed=trained.packed,
         )
         tokens = int((lengths[batch] - 1).sum())
         make = partial(_tensors, trained, lengths, random, model.vocab_size, device)

@@ -172,6 +172,8 @@ def _run(
     request: TraceRequest, model: TrainedModel, tracker: MemoryTracker, device: torch.device
 ) -> _Trace:
     recipe = request.recipe
+    if not request.stock_loss:  # which reads padded rows
+        model.pack_rows(recipe, device)
     documents, labels = _documents(request)
     marker = _Marker(tracker)
     for number, final in enumerate(model.finals):

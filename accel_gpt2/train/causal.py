@@ -11,10 +11,16 @@ from torch import Tensor, nn
 
 from accel_gpt2.data.batching import Indices, PackedBatch, TokenBatch, collate, pack
 from accel_gpt2.data.tokenized import TokenizedDocuments
+from accel_gpt2.plan.packing import GROUP_PADDING
 from accel_gpt2.recipe import TrainRecipe
 from accel_gpt2.train.loss import chunked_cross_entropy, chunked_log_likelihoods
 from accel_gpt2.train.objective import Batch, TransformersModel, Validation, to_device
-from accel_gpt2.train.packing import find_documents, rows_are_packed, use_causal_attention
+from accel_gpt2.train.packing import (
+    RowDocuments,
+    reads_rows,
+    rows_are_packed,
+    use_causal_attention,
+)
 
 
 class LanguageModel(TransformersModel):
@@ -25,8 +31,9 @@ class LanguageModel(TransformersModel):
         self.loss_chunk_tokens = loss_chunk_tokens
         use_causal_attention(self.transformers_model)
 
-    def pack_rows(self, recipe: TrainRecipe) -> None:
+    def pack_rows(self, recipe: TrainRecipe, device: torch.device) -> None:
         self.packed = rows_are_packed(recipe, self.transformers_model)
+        self.flash_packed = self.packed and reads_rows(recipe, self.transformers_model, device)
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """Sum of the valid targets' negative log-likelihood in nats, fp32 scalar.
@@ -51,17 +58,16 @@ class LanguageModel(TransformersModel):
         ]
 
     def hidden_states(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        position_ids: Tensor | None = None,
-        valid: Tensor | None = None,
+        self, input_ids: Tensor, positions: Tensor, *packed: Tensor
     ) -> tuple[Tensor, nn.Linear]:
         """What the head is applied to, [num_targets, n_embd], and the head."""
         base = self.transformers_model
         row: dict[str, Any] = {}
-        if position_ids is not None and valid is not None:
-            documents = find_documents(position_ids, valid)
+        if packed:
+            position_ids, starts, slots, *groups = packed
+            documents = RowDocuments(
+                starts=starts, slots=slots, groups=tuple(groups), flash=self.flash_packed
+            )
             row = {"position_ids": position_ids, "documents": documents}
         # No attention mask: with right padding causal attention alone is exact, and the kernels
         # for is_causal are the fast ones.
@@ -93,7 +99,8 @@ class LanguageModel(TransformersModel):
         self, documents: Sequence[NDArray[Any]], labels: NDArray[np.int64], *, epoch: int
     ) -> Batch:
         if self.packed:
-            return packed_arrays(pack(documents))
+            padding = math.inf if self.flash_packed else GROUP_PADDING
+            return packed_arrays(pack(documents, group_padding=padding))
         return arrays(collate(documents))
 
     def score(self, documents: Sequence[NDArray[Any]], device: torch.device) -> Tensor:
@@ -145,6 +152,7 @@ def arrays(batch: TokenBatch) -> Batch:
 
 def packed_arrays(batch: PackedBatch) -> Batch:
     """As `LanguageModel.forward` takes them: those of `arrays`, documents being one row; and
-    position_ids, [1, tokens]; valid, bool [documents, longest]."""
+    position_ids, starts, slots and all groups of the batch."""
     positions = np.arange(len(batch.targets))
-    return batch.input_ids, batch.targets, positions, batch.position_ids, batch.valid
+    found: tuple[NDArray[Any], ...] = (batch.input_ids, batch.targets, positions)
+    return (*found, batch.position_ids, batch.starts, batch.slots, *batch.groups)

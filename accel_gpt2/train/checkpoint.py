@@ -88,7 +88,11 @@ class TrainState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """What a checkpoint belongs to; a run goes on only from a checkpoint of the same identity."""
+    """What a checkpoint belongs to; a run goes on only from a checkpoint of the same identity.
+
+    `batches` is `data.batching.BATCHES_VERSION`: a place in an epoch means other documents under
+    another. Files from before it was written down are of the first.
+    """
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True, "extra": "forbid"}
 
@@ -96,6 +100,7 @@ class Identity:
     class_name: str
     data_fingerprint: str
     tokenizer_fingerprint: str
+    batches: Count = 1
     recipe: Mapping[str, object] = field(default_factory=dict)
 
 

@@ -26,14 +26,19 @@ def is_compiled(
     strategy: ShardingStrategy,
     device: torch.device,
     plan: CompilingPlan,
+    *,
+    in_groups: bool = False,
 ) -> bool:
     """What `compile` of the recipe means here. If it is to be compiled, what is will be kept in our
     cache folder for later runs.
 
+    Args:
+        in_groups: whether packed rows attend in groups, each number of which is another program.
+
     Raises:
         UserError: when it is "on" and this training, or this machine, cannot be compiled for.
     """
-    if recipe.compile == "off" or (recipe.compile == "auto" and not plan.pays):
+    if recipe.compile == "off" or (recipe.compile == "auto" and (in_groups or not plan.pays)):
         return False
     _keep_programs()
     problem = compiling_problem(recipe, strategy) or _compiler_problem(device)

@@ -182,7 +182,7 @@ def train_steps(
     if checkpoint is not None and job.checkpoint is not None:
         job.model.load_trainable_state(checkpoint.weights, job.checkpoint)
     plain_model = job.model
-    plain_model.pack_rows(recipe)
+    plain_model.pack_rows(recipe, device)
     backend = build_backend(accelerator, plain_model, recipe)
     # Dropout must differ between ranks; nothing else in the loop draws random numbers.
     torch.manual_seed(recipe.seed + 1_000_003 * (rank + 1))
@@ -225,7 +225,9 @@ def train_steps(
         rate = peak_flops * gpu.training_efficiency * world_size
         train_seconds = steps_left * step_tokens * flops / rate
     compiling = plan_compiling(train_seconds, gpu)
-    compiled = is_compiled(recipe, current_strategy(accelerator), device, compiling)
+    in_groups = plain_model.packed and not plain_model.flash_packed
+    strategy = current_strategy(accelerator)
+    compiled = is_compiled(recipe, strategy, device, compiling, in_groups=in_groups)
     if compiled:
         num_blocks = compile_blocks(plain_model)
         progress.say(f"{name}: torch.compile of {num_blocks} blocks; {compiling.why}")

@@ -48,15 +48,17 @@ def fitting_micro_batch_tokens(
         batch = [documents.document(int(i)) for i in chosen]
         if _fits_on_all(backend, batch, reserved_bytes, accelerator):
             return micro_batch_tokens
-        padded = len(batch) * (max(map(len, batch)) - 1)
+        tokens = len(batch) * (max(map(len, batch)) - 1)
+        if backend.plain_model.packed:
+            tokens = sum(map(len, batch)) - len(batch)
         if len(batch) == 1:
             raise DoesNotFitError(
-                f"Out of memory with a micro batch of one document of {padded + 1} tokens; give "
+                f"Out of memory with a micro batch of one document of {tokens + 1} tokens; give "
                 "--gradient-checkpointing, a smaller --max-length, --finetuning lora, --optimizer "
                 "adamw_8bit, a smaller model or a larger machine."
             )
         # What comes next must be smaller: a micro batch holds whole documents.
-        micro_batch_tokens = min(micro_batch_tokens, padded) // 2
+        micro_batch_tokens = min(micro_batch_tokens, tokens) // 2
         on_halved(micro_batch_tokens)
 
 

@@ -21,7 +21,7 @@ from accel_gpt2.data.tokenized import TokenizedDocuments
 from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import TrainRecipe
 
-# The arrays of a batch by the order in which `forward` takes them, all with documents first.
+# The arrays of a batch by the order in which `forward` takes them.
 Batch = tuple[NDArray[Any], ...]
 
 
@@ -47,11 +47,14 @@ class TrainedModel(nn.Module, ABC):
     # What `score` gives for one document: a number, or one for each class.
     score_shape: tuple[int, ...] = ()
 
-    # Whether `collate` puts a training batch's documents into one row, without padding.
+    # Whether `collate` puts a training batch's documents into one row, without padding, and whether
+    # attention reads them where they are then.
     packed: bool = False
+    flash_packed: bool = False
 
-    def pack_rows(self, recipe: TrainRecipe) -> None:
-        """Settle before a training whether its rows are packed: only a language model's can be.
+    def pack_rows(self, recipe: TrainRecipe, device: torch.device) -> None:
+        """Settle before a training on a device whether its rows are packed: only a language model's
+        can be.
 
         Raises:
             UserError: when the recipe asks for it and it cannot be had.

@@ -173,6 +173,8 @@ def why_not_stacked(models: Sequence[TrainedModel], recipe: TrainRecipe) -> str 
         return (
             "dropout draws other numbers for other batches; --set dropout=0 lora_dropout=0 has none"
         )
+    if any(model.packed for model in models):
+        return "packed rows have no shape in common; --set packing=off has rows that do"
     if recipe.release_gradients:
         return "release_gradients steps each class in its own backward pass"
     if not all(isinstance(model, LanguageModel) for model in models):

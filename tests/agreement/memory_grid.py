@@ -83,6 +83,28 @@ _OPTIONS: tuple[dict[str, object], ...] = (
 )  # fmt: skip
 
 
+# Rows that attend in groups, which those of a GPU do with dropout or in fp32.
+_PACKED: dict[str, object] = {"packing": "on", "stock_loss": False, "dropout": 0.1}
+_ROWS: tuple[dict[str, object], ...] = (
+    {**_PACKED, "mixed_precision": "no", "finetuning": "full", "gradient_checkpointing": False},
+    {**_PACKED, "mixed_precision": "no", "dropout": 0.0, "tokens": 4096},
+    {**_PACKED, "mixed_precision": "bf16", "finetuning": "full", "gradient_checkpointing": False,
+     "tokens": 8192},
+    {**_PACKED, "mixed_precision": "bf16", "finetuning": "full", "gradient_checkpointing": True},
+    {**_PACKED, "mixed_precision": "bf16", "finetuning": "lora", "gradient_checkpointing": False},
+    {**_PACKED, "mixed_precision": "fp16", "finetuning": "lora", "gradient_checkpointing": True},
+    {**_PACKED, "mixed_precision": "pure_bf16", "finetuning": "full", "tokens": 4096},
+    {**_PACKED, "mixed_precision": "bf16", "checkpointed_layers": 1, "gradient_checkpointing": True,
+     "finetuning": "full", "tokens": 4096},
+)  # fmt: skip
+
+
+def rows(*, n_layer: int) -> list[tuple[TrainRecipe, TraceRequest]]:
+    """The configurations of packed rows."""
+    draw = random.Random(7)
+    return [_configuration(given, draw, n_layer=n_layer) for given in _ROWS]
+
+
 def options(*, n_layer: int) -> list[tuple[TrainRecipe, TraceRequest]]:
     """The configurations of options that save memory; all sizes at their real width."""
     draw = random.Random(6)
@@ -133,6 +155,7 @@ def _configuration(
         micro_batch_tokens=tokens,
         global_batch_tokens=None,
         global_batch_size=max(1, tokens // min(length, tokens)) * (2 if accumulates else 1),
+        packing=given.get("packing", "off"),  # type: ignore[arg-type]
         **{key: given[key] for key in _NEVER_DRAWN if key in given},  # type: ignore[arg-type]
     )
     request = TraceRequest(

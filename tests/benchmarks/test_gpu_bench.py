@@ -32,11 +32,11 @@ def test_all_sides_train_and_what_there_was_no_time_for_is_named(tmp_path: Path)
     sides = [row["case"]["side"] for row in found["rows"]]
     assert sides[:4] == ["ours", "Trainer padded", "Trainer grouped", "Trainer flattened"]
     assert all(row["tokens_per_second"] > 0 and row["num_steps"] >= 8 for row in found["rows"])
-    assert len(found["rows"]) == 6
+    assert len(found["rows"]) == 7
     assert found["left_out"] == ["gpt2-tiny, 64: nanoGPT: no --nanogpt folder is given"]
-    assert len(found["breakdowns"]) == 2
+    assert len(found["breakdowns"]) == 3
     for shares in found["breakdowns"].values():
         assert sum(shares.values()) == pytest.approx(1)
         assert {"matmul", "attention", "loss", "optimizer", "elementwise"} <= shares.keys()
     page = path.with_suffix(".md").read_text()
-    assert len(re.findall(r"^\| gpt2-tiny, .*\d", page, re.MULTILINE)) == 6 + 2
+    assert len(re.findall(r"^\| gpt2-tiny, .*\d", page, re.MULTILINE)) == 7 + 3

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from accel_gpt2.classify import part_training
+from accel_gpt2.classify import part_training, standing
 from accel_gpt2.classify.fit import fit
 from accel_gpt2.classify.run import open_run
 from accel_gpt2.errors import StoppedEarly, UsageError, UserError
@@ -199,6 +199,16 @@ def test_what_cannot_be_resumed_from_is_said(
     other = resolve_tiny(texts_file, seed=1)
     with pytest.raises(UserError, match=r"checkpoint-\d+ does not go on from here: .*seed was 0"):
         fit(other, tmp_path / "new", resume=str(finished / "best"), quiet=True)
+
+
+def test_batches_of_another_version_are_not_gone_on_with(
+    trained_run: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A place in an epoch would mean other documents there."""
+    (finished,) = trained_run.glob("class-0-*")
+    monkeypatch.setattr(standing, "BATCHES_VERSION", standing.BATCHES_VERSION + 1)
+    with pytest.raises(UserError, match=r"another version of accel-gpt2 made its batches"):
+        fit(resolve_tiny(texts_file), tmp_path / "new", resume=str(finished / "best"), quiet=True)
 
 
 def test_resume_never_starts_anew_and_keeps_the_old(

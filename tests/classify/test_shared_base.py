@@ -211,7 +211,7 @@ def without_dropout(resolved: ResolvedRecipe) -> ResolvedRecipe:
         dropout=0.0,
         lora_dropout=0.0,
         adam_epsilon=1e-5,
-        micro_batch_tokens=400,
+        micro_batch_tokens=1200,
         epochs=1.0,
     )
     return dataclasses.replace(resolved, recipe=recipe)

@@ -54,7 +54,7 @@ def test_the_recommendation_is_shown_with_its_memory_time_and_command(
     ended = accel_gpt2(*LARGE, "--set", "price_usd_per_hour=0.5", COLUMNS=columns)
     assert ended.returncode == 0
     text = ended.stdout
-    assert "Recommended: full fine-tuning, bf16, AdamW, checkpointing\n" in text
+    assert "Recommended: full fine-tuning, bf16, AdamW, 31 blocks checkpointed\n" in text
     bar = next(line for line in text.splitlines() if line.startswith("  █") and "|" in line)
     assert len(bar) <= int(columns)
     assert "15.7 GiB  can be used" in text
@@ -69,7 +69,7 @@ def test_what_does_not_fit_has_a_reason(accel_gpt2: CommandLine) -> None:
     """GPT-2 XL: fp32 weights need more than the card has, and the line says how much."""
     ended = accel_gpt2("plan", "--model", "gpt2-xl", "--profile", "rtx4070ti", COLUMNS="200")
     rejected = ended.stdout.split("Rejected:")[1]
-    assert "full fine-tuning, bf16, AdamW, checkpointing, 1,024 tokens" in rejected
+    assert "full fine-tuning, bf16, 8-bit AdamW, checkpointing, 8,192 tokens" in rejected
     assert "GiB of GPU memory, and 15.7 GiB can be used" in rejected
 
 
@@ -107,7 +107,10 @@ def test_nothing_that_fits_is_exit_code_3_with_the_nearest_change(accel_gpt2: Co
 
 @pytest.mark.parametrize(
     ("term", "expected"),
-    [("gradients", "gradients\n  forward: "), ("OPTIMIZER ST", "optimizer state\n  forward: ")],
+    [
+        ("gradients", "gradients\n  embedding backward: "),
+        ("OPTIMIZER ST", "optimizer state\n  forward: "),
+    ],
 )
 def test_a_term_is_explained(accel_gpt2: CommandLine, term: str, expected: str) -> None:
     """By name or a part of it: the bytes in each phase, and the sentence with the formula."""

@@ -35,7 +35,7 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        write_texts(folder / "texts.csv", documents_per_class=18, num_classes=2)
+        write_texts(folder / "texts.csv", documents_per_class=19, num_classes=2)
         GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=64).save_pretrained(folder / "shape")
 
     def recipe(self, variant: str, **changes: Any) -> ResolvedRecipe:

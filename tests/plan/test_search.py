@@ -374,7 +374,7 @@ def test_few_candidates_are_planned() -> None:
 
     asked, machines = [layer(model="gpt2-xl")], PROFILES["2x-rtx4070ti"]
     quick = plan_run(asked, machines, depth="some", memory_of=counted)
-    assert 50 < calls <= 200
+    assert 50 < calls <= 240
     whole = plan_run(asked, machines, depth="all")
     assert quick.recommended is not None
     assert quick.recommended == whole.recommended

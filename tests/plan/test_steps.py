@@ -25,6 +25,7 @@ LENGTHS = {"news": (8.0, 6.7), "reviews": (1.8, 165.0), "constant": (400.0, 0.25
         (None, 16, 4096),
     ],
 )
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_steps_and_micro_batches_are_those_of_the_real_batches(
     kind: str,
@@ -32,6 +33,7 @@ def test_steps_and_micro_batches_are_those_of_the_real_batches(
     batch_size: int | None,
     micro_batch_tokens: int,
     world_size: int,
+    packed: bool,
 ) -> None:
     """Steps of an epoch within 4%, micro batches of a mean step within half, padding within 4%."""
     drawn = np.random.default_rng(0).gamma(*LENGTHS[kind], 6000)
@@ -42,8 +44,10 @@ def test_steps_and_micro_batches_are_those_of_the_real_batches(
         global_batch_tokens=batch_tokens,
         global_batch_size=batch_size,
         micro_batch_tokens=micro_batch_tokens,
+        packing="on" if packed else "off",
     )
-    plan = plan_steps(recipe, length_statistics(lengths.tolist(), source=""), world_size)
+    data = length_statistics(lengths.tolist(), source="")
+    plan = plan_steps(recipe, data, world_size)
     batches = epoch_batches(
         lengths,
         global_batch_tokens=batch_tokens,
@@ -54,14 +58,20 @@ def test_steps_and_micro_batches_are_those_of_the_real_batches(
     assert plan.num_steps == pytest.approx(len(batches), rel=0.04)
     cuts = [
         split_micro_batches(
-            lengths, batch, world_size=world_size, micro_batch_tokens=micro_batch_tokens
+            lengths,
+            batch,
+            world_size=world_size,
+            micro_batch_tokens=micro_batch_tokens,
+            packed=packed,
         )
         for batch in batches
     ]
     assert plan.micro_batches == pytest.approx(statistics.mean(map(len, cuts)), abs=0.5)
     pieces = [piece for cut in cuts for step in cut for piece in step if len(piece)]
     padded = sum(len(piece) * (lengths[piece].max() - 1) for piece in pieces)
-    if batch_tokens != 512:  # batches of one or two reviews have other padding
+    if packed:
+        assert plan.padded_share == 1.0
+    elif batch_tokens != 512:  # batches of one or two reviews have other padding
         assert (lengths - 1).sum() / padded == pytest.approx(plan.padded_share, abs=0.04)
 
 

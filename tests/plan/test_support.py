@@ -75,7 +75,6 @@ def test_a_training_is_refused_in_one_sentence() -> None:
     [
         ({"compile": "on"}, "zero3", "sequential", "gathers weights .* give --set compile=off"),
         ({"compile": "on"}, "single", "shared-base", "change places .* give --set compile=off"),
-        ({"packing": "on"}, "single", "shared-base", "rows of the same .* --set packing=off"),
     ],
 )
 def test_compiling_and_packing_are_refused_before_loading(

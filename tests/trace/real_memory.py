@@ -27,6 +27,7 @@ def real_peak_bytes(request: TraceRequest) -> tuple[int, int]:
         class_names=["a", "b"],
         log_prior=np.log([0.5, 0.5]),
     )
+    model.pack_rows(recipe, _CPU)
     count = recipe.micro_batch_tokens // (request.longest_tokens - 1)
     lengths = [request.longest_tokens] * count
     if recipe.objective in {"masked_lm", "classification"}:

@@ -85,7 +85,7 @@ def test_traced_blocks_give_the_same_losses_and_gradients(options: dict[str, Any
     plain = _model(dataclasses.replace(RECIPE, **options))
     compiled = copy.deepcopy(plain)
     for model in (plain, compiled):
-        model.pack_rows(dataclasses.replace(RECIPE, **options))
+        model.pack_rows(dataclasses.replace(RECIPE, **options), torch.device("cpu"))
     counters.clear()
     assert compile_blocks(compiled, backend="aot_eager") == 2
     # Another kind of block is traced anew for one row too, which takes as long again.

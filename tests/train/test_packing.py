@@ -1,6 +1,7 @@
 """Packed rows against each document alone: the same losses, gradients and trained weights."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from accel_gpt2.data.batching import collate, pack, split_micro_batches
 from accel_gpt2.errors import UserError
 from accel_gpt2.recipe import TrainRecipe
+from accel_gpt2.train import packing
 from accel_gpt2.train.causal import LanguageModel, arrays, packed_arrays
 from accel_gpt2.train.compiling import compile_blocks
 from accel_gpt2.train.packing import ATTENTION, PACKED_FAMILIES, rows_are_packed
@@ -47,7 +49,7 @@ def _transformers_model(family: str, **options: Any) -> Any:
 
 def _language_model(family: str = "gpt2", **options: Any) -> LanguageModel:
     model = LanguageModel(_transformers_model(family, **options), loss_chunk_tokens=7)
-    model.pack_rows(TrainRecipe(packing="on"))
+    model.pack_rows(TrainRecipe(packing="on"), CPU)
     return model
 
 
@@ -195,18 +197,46 @@ def test_micro_batches_of_packed_rows_are_full() -> None:
 
 
 def test_who_packs() -> None:
-    """`auto` leaves a CPU alone; what is asked for and cannot be had is refused with the reason."""
-    recipe = TrainRecipe(packing="auto", mixed_precision="bf16", dropout=0.0)
-    model = _transformers_model("gpt2")
-    assert not rows_are_packed(recipe, model)
+    """Language models whose family was checked; what is asked for and cannot be had is refused."""
+    recipe = TrainRecipe(packing="auto")
+    gpt2, opt = _transformers_model("gpt2"), _transformers_model("opt", ffn_dim=64)
+    assert rows_are_packed(recipe, gpt2)
+    assert not rows_are_packed(recipe, opt)
+    assert not rows_are_packed(dataclasses.replace(recipe, packing="off"), gpt2)
     asked = dataclasses.replace(recipe, packing="on")
-    assert rows_are_packed(asked, model)
-    with pytest.raises(
-        UserError, match=r"packing = 'on': adapters on a shared base .* packing=off"
-    ):
-        rows_are_packed(dataclasses.replace(asked, placement="shared-base"), model)
     with pytest.raises(UserError, match=r"OPTForCausalLM is not of a family .*packing=off"):
-        rows_are_packed(asked, _transformers_model("opt", ffn_dim=64))
+        rows_are_packed(asked, opt)
+
+
+def test_a_kernel_is_believed_when_it_gives_what_groups_give(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that fails or lets documents see each other is not taken, and the reason is said."""
+    shape = (4, 2, 8, torch.float32, CPU)  # heads, those of keys, width
+    check = packing._flash_problem.__wrapped__
+    monkeypatch.setattr(packing, "_HALF", (torch.float32,))
+    said = check(*shape)  # torch's own has no code for a CPU
+    assert said is not None
+    assert said.startswith("fails (")
+
+    def all_as_one(query: Any, key: Any, value: Any, documents: Any, scaling: Any) -> Any:
+        repeated = [x.repeat_interleave(2, dim=1) for x in (key, value)]
+        found = torch.nn.functional.scaled_dot_product_attention(query, *repeated, is_causal=True)
+        return found.transpose(1, 2)
+
+    monkeypatch.setattr(packing, "_flash_attention", all_as_one)
+    assert check(*shape) == "gives other values"
+
+    def each_alone(query: Any, key: Any, value: Any, documents: Any, scaling: Any) -> Any:
+        ends = documents.starts.tolist()
+        parts = [
+            all_as_one(*(x[:, :, start:end] for x in (query, key, value)), None, None)
+            for start, end in itertools.pairwise(ends)
+        ]
+        return torch.cat(parts, dim=1)
+
+    monkeypatch.setattr(packing, "_flash_attention", each_alone)
+    assert check(*shape) is None
 
 
 def test_an_exported_model_is_transformers_own(tmp_path: Any) -> None:
