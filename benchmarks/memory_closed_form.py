@@ -1,6 +1,6 @@
 """How far the closed form of memory is off traces of the training step: a Markdown table.
 
-    python benchmarks/memory_closed_form.py > docs/benchmarks/2026-11-24-memory-closed-form.md
+    python benchmarks/memory_closed_form.py > docs/benchmarks/2026-11-30-memory-closed-form.md
 
 A quarter of an hour on one core; what was traced before comes from the cache.
 """

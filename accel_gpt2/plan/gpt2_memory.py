@@ -2,7 +2,7 @@
 
 Coefficients say where they come from: counted from named tensors, or read off traces of the step
 (`accel_gpt2.trace`). docs/decisions/009-memory.md tells how, and
-docs/benchmarks/2026-11-24-memory-closed-form.md how far off it is.
+docs/benchmarks/2026-11-30-memory-closed-form.md how far off it is.
 """
 
 import math

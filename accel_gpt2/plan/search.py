@@ -294,10 +294,8 @@ def _planned(
     plans: _Plans,
 ) -> Option:
     recipe = resolved.recipe
-    if placement == "shared-base":
-        recipe = dataclasses.replace(
-            recipe, placement=placement
-        )  # which says whether rows are packed
+    if placement == "shared-base":  # whose rows may be padded
+        recipe = dataclasses.replace(recipe, placement=placement)
     key = strategy.name, recipe
     if key not in plans:
         plans[key] = _plans(recipe, strategy, longest_tokens, situation)

@@ -1,6 +1,6 @@
 """The closed form of memory agrees with a trace of the step that is really run.
 
-In all configurations of docs/benchmarks/2026-11-24-memory-closed-form.md: two to three minutes.
+In all configurations of docs/benchmarks/2026-11-30-memory-closed-form.md: two to three minutes.
 """
 
 import statistics
