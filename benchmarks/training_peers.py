@@ -390,9 +390,8 @@ def _markdown(results: Mapping[str, Any]) -> str:
         "optimizer step. How it is measured is said at the top of `benchmarks/training_peers.py`.",
         "",
         "Ours keeps its freed memory by `mallopt` (docs/log.md); the others and the products alone "
-        "do not. Our first step is the one with the longest document, so that memory runs out at "
-        "once or never; without warm-up, which no side has here, that is a large step on few "
-        "texts, and the held-out loss after so few steps shows it.",
+        "do not. Our first step has the longest document in it, so that memory runs out at once or "
+        "never; without warm-up, which no side has here, it counts for much after so few steps.",
     ]
     for lengths, found in results["workloads"].items():
         lines += ["", f"## Documents as long as those of {lengths}", "", *_table(lengths, found)]
