@@ -192,7 +192,7 @@ def _flash_problem(
             out, _ = causal_attention(attention, query, key, value, None, documents=documents)
             gradients = torch.autograd.grad(out.float().square().sum(), (query, key, value))
             found.append([out.float(), *(x.float() for x in gradients)])
-    except (RuntimeError, ValueError, TypeError, ImportError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, TypeError, ImportError) as error:
         return f"fails ({str(error).splitlines()[0]})"
     for mine, its in zip(*found, strict=True):
         # 16-bit rounding of two kernels; a document that sees another one is off by its values.
