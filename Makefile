@@ -81,11 +81,13 @@ bench: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/start_up.py
 
-# Our training beside Trainer's and nanoGPT's on a GPU, and where a step's time goes: ten minutes,
-# written to docs/benchmarks/. NANOGPT is a folder with a copy of nanoGPT; without it that is left
-# out.
+# Scores beside a naive loop's on a GPU, our training beside Trainer's and nanoGPT's, and where a
+# step's time goes: ten minutes, written to docs/benchmarks/. NANOGPT is a folder with a copy of
+# nanoGPT; without it that is left out.
 gpu-bench: setup
-	$(BIN)/python benchmarks/gpu_bench.py $(if $(NANOGPT),--nanogpt $(NANOGPT))
+	$(BIN)/python benchmarks/scoring_on_gpu.py --seconds 60; scores=$$?; \
+		$(BIN)/python benchmarks/gpu_bench.py --seconds 440 \
+			$(if $(NANOGPT),--nanogpt $(NANOGPT)) && exit $$scores
 
 format: setup
 	$(BIN)/ruff format .

@@ -1,20 +1,23 @@
 """How near is a plan's speed to a real training's, before `bench` and after it?
 
-    python benchmarks/throughput_model.py [rounds]
+    python benchmarks/throughput_model.py [--rounds 3] [--threads 2]
 
-Each round benches and then trains each model in turn, on docstrings, on the CPU. Seconds are this
-process's CPU seconds in place of the wall's, because other programs share the machine; plans and
-trainings are compared in the same ones.
+Each round benches and then trains each model in turn, on docstrings, on the CPU. With one thread,
+as without --threads, seconds are this process's CPU seconds in place of the wall's, because other
+programs share the machine; plans and trainings are compared in the same ones. With more threads
+they are the wall's, and want a quiet machine. Seven minutes for two rounds of one thread.
 """
 
+import argparse
+import dataclasses
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a CPU second is a second of one core then
+import torch
+from results import Page, say
 
 from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.catalog.profiles import PROFILES
@@ -53,16 +56,17 @@ def _recipe(model: str, max_length: int, tokens: int, steps: int) -> TrainRecipe
     return resolve([Layer(origin="benchmark", values=values)]).recipe
 
 
-def _one_round(recipe: TrainRecipe, folder: Path) -> tuple[float, float, float]:
-    """Tokens per CPU second: planned cold, planned after bench, measured by a real training."""
+def _one_round(
+    recipe: TrainRecipe, folder: Path, *, num_threads: int
+) -> tuple[float, float, float]:
+    """Tokens per second: planned cold, planned after bench, measured by a real training."""
     model = MODELS[recipe.model]
     data = dataset_statistics(recipe)
     assert data is not None
+    here = dataclasses.replace(PROFILES["cpu"], num_threads=num_threads)
 
     def planned(records: Calibration) -> float:
-        found = plan_time(
-            recipe, model, PROFILES["cpu"], STRATEGIES["single"], data, calibration=records
-        )
+        found = plan_time(recipe, model, here, STRATEGIES["single"], data, calibration=records)
         assert found is not None
         return found.tokens_per_second
 
@@ -85,31 +89,64 @@ def _one_round(recipe: TrainRecipe, folder: Path) -> tuple[float, float, float]:
     )
 
 
-if __name__ == "__main__":
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+class _CpuClock:
+    monotonic = staticmethod(time.process_time)
 
-    class _CpuClock:
-        monotonic = staticmethod(time.process_time)
 
-    speed.time = loop.time = _CpuClock  # type: ignore[assignment]
+def main() -> None:
+    """Write a page for docs/benchmarks/."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if given.threads == 1:
+        speed.time = loop.time = _CpuClock  # type: ignore[assignment]
     calibration.MIN_STEPS = 5
+    page = Page(
+        given.output,
+        "throughput-model" if given.threads == 1 else f"throughput-model-{given.threads}-threads",
+        "How near planned speeds are to trainings on this CPU",
+        packages=("accel-gpt2", "torch", "transformers"),
+    )
     found: dict[tuple[str, int, int, int], list[tuple[float, float, float]]] = {}
-    for number in range(rounds):
+    for number in range(given.rounds):
         for configuration in CONFIGURATIONS:
             with tempfile.TemporaryDirectory() as folder:
-                result = _one_round(_recipe(*configuration), Path(folder))
+                result = _one_round(
+                    _recipe(*configuration), Path(folder), num_threads=given.threads
+                )
             found.setdefault(configuration, []).append(result)
             cold, warm, measured = result
-            sys.stdout.write(
+            say(
                 f"round {number + 1} {configuration}: cold {cold:.0f} after bench {warm:.0f} "
-                f"measured {measured:.0f}, load {os.getloadavg()[0]:.1f}\n"
+                f"measured {measured:.0f}, load {os.getloadavg()[0]:.1f}"
             )
-            sys.stdout.flush()
-    for configuration, results in found.items():
-        errors = [[planned / x[2] - 1 for planned in x[:2]] for x in results]
-        cold, warm = (statistics.median(column) for column in zip(*errors, strict=True))
-        measured = statistics.median(x[2] for x in results)
-        sys.stdout.write(
-            f"| {' | '.join(map(str, configuration))} | {measured:.0f} | {cold:+.0%} | {warm:+.0%} "
-            f"| {' '.join(f'{x[1]:+.0%}' for x in errors)} |\n"
+    page.add(
+        f"Full fine-tuning in fp32 from random weights, {given.threads} thread(s); document tokens "
+        f"a {'CPU ' if given.threads == 1 else ''}second, medians of {given.rounds} rounds. "
+        '"Cold" is the formula alone, "after bench" with one measurement of up to 20 steps; in '
+        "brackets the farthest round.\n\n"
+        "| model | longest document | tokens a step | trained | cold | after bench |\n"
+        "|---|---|---|---|---|---|"
+    )
+    farthest = [0.0, 0.0]
+    for (model, longest, tokens, _), results in found.items():
+        cells = []
+        for column in range(2):
+            errors = [result[column] / result[2] - 1 for result in results]
+            worst = max(errors, key=abs)
+            farthest[column] = max(farthest[column], abs(worst))
+            cells.append(f"{statistics.median(errors):+.0%} ({worst:+.0%})")
+        measured = statistics.median(result[2] for result in results)
+        page.add(
+            f"| {model} | {longest} | {tokens:,} | {measured:,.0f} | {cells[0]} | {cells[1]} |"
         )
+    page.add("")
+    page.bar("Farthest from a training, cold", farthest[0], 0.35, at_most=True)
+    page.bar("Farthest from a training, after bench", farthest[1], 0.15, at_most=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,11 @@ from accel_gpt2.units import MIB
 # ECC and the driver keep a few per cent; the next size of the same card is 25% away or more.
 _MEMORY_TOLERANCE = 0.1
 
+# Compute capabilities of GPUs on which three fp16 products with fp32 sums are faster than one in
+# fp32: V100, T4, A100, H100 and H200, B200, whose fp16 has eight and more times the rate of fp32.
+# On the other rows it has four times at most.
+FAST_HALVES = ((7, 0), (7, 5), (8, 0), (9, 0), (10, 0))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuSpec:
@@ -37,6 +42,11 @@ class GpuSpec:
     measured_matmul_flops: float | None = None
     training_efficiency: float = 0.5
     efficiency_source: str = "no training was published: half of the peak, as nearly all reach"
+
+    @property
+    def multiplies_by_halves(self) -> bool:
+        """Whether a product as good as fp32 is made of fp16 ones (`train.loss`)."""
+        return self.compute_capability in FAST_HALVES
 
 
 # GeForce halves the tensor cores' rate when they accumulate in fp32, and that is the rate here.

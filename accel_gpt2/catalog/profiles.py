@@ -15,7 +15,8 @@ from accel_gpt2.units import GIB
 class HardwareProfile:
     """A machine: `num_gpus` cards of one kind, or none (`gpu` is None) and the CPU does the work.
 
-    `host_memory_bytes` is what the plan may count on. `recipe_defaults` are recipe values that the
+    `host_memory_bytes` is what the plan may count on, `num_threads` what computes where there is
+    no GPU. `recipe_defaults` are recipe values that the
     machine decides; the global batch is never among them, so that every machine trains the same
     model.
     """
@@ -25,6 +26,7 @@ class HardwareProfile:
     num_gpus: int
     interconnect: str  # between the GPUs: "none", "pcie", "nvlink"
     host_memory_bytes: int
+    num_threads: int = 1
     recipe_defaults: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
 
 

@@ -238,8 +238,22 @@ def planned_profile(name: str, detect: Callable[[], DetectedHardware]) -> Hardwa
 
 
 def profile_here(profile: HardwareProfile, detected: DetectedHardware) -> HardwareProfile:
-    """A profile with the host memory that this machine really has."""
-    return dataclasses.replace(profile, host_memory_bytes=detected.host_memory_bytes)
+    """A profile with the host memory and the threads that this machine really has."""
+    return dataclasses.replace(
+        profile,
+        host_memory_bytes=detected.host_memory_bytes,
+        num_threads=threads_per_process(detected.num_cores),
+    )
+
+
+def threads_per_process(
+    num_cores: int, num_processes: int = 1, environment: Mapping[str, str] = os.environ
+) -> int:
+    """What each process computes with on the CPU: OMP_NUM_THREADS, or its share of the cores."""
+    asked = environment.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    return max(1, num_cores // num_processes)
 
 
 def _require(profile: HardwareProfile, gpu: GpuSpec, detected: DetectedHardware) -> None:

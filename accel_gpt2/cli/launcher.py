@@ -24,6 +24,7 @@ from accel_gpt2.catalog.strategies import ShardingStrategy
 from accel_gpt2.classify.lock import hold, read_owner, working_owner
 from accel_gpt2.classify.status import STATUS_FILE, read_ending, with_ending
 from accel_gpt2.cli.errors import outcome
+from accel_gpt2.cli.hardware import threads_per_process
 from accel_gpt2.cli.output import is_main_process, say
 from accel_gpt2.cli.run_directory import RECIPE_FILE
 from accel_gpt2.durable import write_text
@@ -123,7 +124,7 @@ def training_launch(
     if strategy.backend == "deepspeed":  # which the YAML calls by where it is in a checkout
         file = shipped_file(f"{DEEPSPEED_DIRECTORY}/{strategy.name}.json")
         configs.append(f"--deepspeed_config_file={file}")
-    threads = environment.get("OMP_NUM_THREADS") or str(max(1, num_cores // num_processes))
+    threads = threads_per_process(num_cores, num_processes, environment)
     argv = (
         _accelerate(),
         "launch",

@@ -25,7 +25,7 @@ CALIBRATION_FILE = "calibration.jsonl"
 
 # To be raised whenever the arithmetic of memory or time changes: older residuals are of another
 # formula and are left out.
-FORMULA_VERSION = 2
+FORMULA_VERSION = 3
 
 # Of the records that are nearest, so many of the newest count.
 _NEWEST = 9

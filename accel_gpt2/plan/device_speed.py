@@ -21,13 +21,15 @@ _HOST_SECONDS_PER_LAYER = 1.1e-3
 class Device:
     """What one device does in a second.
 
-    `matmul_flops` and `fp32_matmul_flops` are of matrix products of unlimited width; at a width
-    of `half_width` they reach half of it. `host_seconds_per_layer` is what the CPU needs to launch
-    the forward and backward pass of one block, 0 where it computes itself.
+    `matmul_flops`, `fp32_matmul_flops` and `scoring_head_flops` (of a score's head, in fp32 or as
+    good: train/loss.py) are of matrix products of unlimited width; at a width of `half_width` they
+    reach half of it. `host_seconds_per_layer` is what the CPU needs to launch the forward and
+    backward pass of one block, 0 where it computes itself.
     """
 
     matmul_flops: float
     fp32_matmul_flops: float
+    scoring_head_flops: float
     half_width: float
     bytes_per_second: float
     host_seconds_per_layer: float
@@ -38,23 +40,23 @@ class Device:
         return n_embd / (n_embd + self.half_width)
 
 
-# Fitted to gpt2-tiny and gpt2-mini on one core of a server (docs/benchmarks,
-# 2026-11-23-throughput-model.md). More cores are faster and a busy machine is slower, so the range
-# around a plan for a CPU is wide until it was measured.
-CPU = Device(
-    matmul_flops=100e9,
-    fp32_matmul_flops=100e9,
-    half_width=128.0,
-    bytes_per_second=5e9,
-    host_seconds_per_layer=1e-3,
-    source="one core of a server's CPU",
-)
+# One core of a server, between two that were measured, one of them 1.4 times as fast as the other
+# (docs/benchmarks, throughput-model). A busy machine is slower, so the range around a plan for a
+# CPU is wide until it was measured.
+_CPU_MATMUL_FLOPS = 92e9
+_CPU_BYTES_PER_SECOND = 12.5e9
+_CPU_HALF_WIDTH = 64.0
+_CPU_HOST_SECONDS_PER_LAYER = 1e-3
 _CPU_BF16_SHARE = 0.01  # torch has fast bf16 products on few CPUs; elsewhere 1/100 was measured
+# How much n cores are faster than one: n to this power, measured with two.
+_CORES_MATMUL_POWER = 0.9
+_CORES_BYTES_POWER = 0.5
 
 # A GPU without a row stands in for one only where it was measured: the ratio takes this away again.
 UNKNOWN_GPU = Device(
     matmul_flops=50e12,
     fp32_matmul_flops=20e12,
+    scoring_head_flops=20e12,
     half_width=20.0,
     bytes_per_second=500e9,
     host_seconds_per_layer=_HOST_SECONDS_PER_LAYER,
@@ -62,23 +64,17 @@ UNKNOWN_GPU = Device(
 )
 
 
-def device_of(gpu: GpuSpec | None, mixed_precision: str, *, tf32: bool = False) -> Device | None:
+def device_of(
+    gpu: GpuSpec | None, mixed_precision: str, *, tf32: bool = False, num_threads: int = 1
+) -> Device | None:
     """The rates of a GPU in a precision, or of a CPU; None where the catalog does not know them.
 
     Args:
+        num_threads: of a CPU that does the work itself, one for each core.
         tf32: whether a training's fp32 products are made in TF32, where the GPU has that.
     """
     if gpu is None:
-        if mixed_precision == "no":
-            return CPU
-        return Device(
-            matmul_flops=CPU.matmul_flops * _CPU_BF16_SHARE,
-            fp32_matmul_flops=CPU.fp32_matmul_flops,
-            half_width=CPU.half_width,
-            bytes_per_second=CPU.bytes_per_second,
-            host_seconds_per_layer=CPU.host_seconds_per_layer,
-            source=f"{CPU.source}, bf16 without units for it",
-        )
+        return _cpu(mixed_precision, num_threads)
     peak = peak_flops_per_second(gpu, mixed_precision, tf32=tf32)
     if peak is None or gpu.bandwidth_bytes_per_second is None:
         return None
@@ -86,20 +82,42 @@ def device_of(gpu: GpuSpec | None, mixed_precision: str, *, tf32: bool = False) 
     if mixed_precision == "no":
         # TF32 has the peak of fp32 on GeForce cards, and then makes nothing slower.
         in_tf32 = share * peak if tf32 and "tf32" in gpu.peak_flops else 0.0
-        in_fp32 = _FP32_SHARE * gpu.peak_flops.get("fp32", 0.0)
-        if in_tf32 > in_fp32:
+        if in_tf32 > _FP32_SHARE * gpu.peak_flops.get("fp32", 0.0):
             how = f"in TF32; {how}"
         else:
             peak, share, how = gpu.peak_flops["fp32"], _FP32_SHARE, "cuBLAS in fp32"
     # Where fp32 has no rate of its own on the sheet, tensor cores have about eight times it.
-    fp32_peak = gpu.peak_flops.get("fp32", max(gpu.peak_flops.values()) / 8)
+    in_fp32 = _FP32_SHARE * gpu.peak_flops.get("fp32", max(gpu.peak_flops.values()) / 8)
+    by_halves = in_fp32
+    if gpu.multiplies_by_halves:
+        by_halves = gpu.training_efficiency * gpu.peak_flops["fp16"] / 3
     return Device(
         matmul_flops=peak * share,
-        fp32_matmul_flops=fp32_peak * _FP32_SHARE,
+        fp32_matmul_flops=in_fp32,
+        scoring_head_flops=by_halves,
         half_width=peak * _HALF_WIDTH_SECONDS,
         bytes_per_second=gpu.bandwidth_bytes_per_second * _BANDWIDTH_SHARE,
         host_seconds_per_layer=_HOST_SECONDS_PER_LAYER,
         source=f"{gpu.display_name}: {share:.0%} of {peak / 1e12:.0f} TFLOP/s ({how})",
+    )
+
+
+def _cpu(mixed_precision: str, num_threads: int) -> Device:
+    products = _CPU_MATMUL_FLOPS * num_threads**_CORES_MATMUL_POWER
+    cores = "one core" if num_threads == 1 else f"{num_threads} cores"
+    source = f"{cores} of a server's CPU"
+    share = 1.0
+    if mixed_precision != "no":
+        share = _CPU_BF16_SHARE
+        source += ", bf16 without units for it"
+    return Device(
+        matmul_flops=products * share,
+        fp32_matmul_flops=products,
+        scoring_head_flops=products,
+        half_width=_CPU_HALF_WIDTH,
+        bytes_per_second=_CPU_BYTES_PER_SECOND * num_threads**_CORES_BYTES_POWER,
+        host_seconds_per_layer=_CPU_HOST_SECONDS_PER_LAYER,
+        source=source,
     )
 
 

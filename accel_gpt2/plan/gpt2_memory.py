@@ -251,6 +251,9 @@ def _evaluation(step: Gpt2Step) -> list[MemoryTerm]:
     )
     in_fp32 = 4 * (step.head + step.nd) if width == 2 else 0
     scoring = in_fp32 + 4 * step.chunk_logits + width * step.nd
+    # Hidden states times a constant, as two fp16 numbers of which one is there twice, and what is
+    # between them in fp32; of the head no more than a part at a time.
+    scoring += 14 * step.nd if step.scores_by_halves else 0
     in_blocks = float(per_token * step.nd)
     if step.recipe.use_dora:
         in_blocks = dora_evaluation_bytes(step)

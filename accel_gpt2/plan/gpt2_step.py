@@ -32,7 +32,8 @@ class Gpt2Step:
     `tokens` are those of a micro batch, padding included, and `length` those of its longest
     document that go in. `accumulates` says whether a step has more than one micro batch, so that
     gradients are there while the next one goes through. `attends_in_groups` is
-    `plan.packing.attends_in_groups`.
+    `plan.packing.attends_in_groups`, `scores_by_halves` how scores multiply with the head
+    (`train.loss.chunked_log_likelihoods`).
     """
 
     recipe: TrainRecipe
@@ -45,6 +46,7 @@ class Gpt2Step:
     stock_loss: bool
     on_gpu: bool
     attends_in_groups: bool
+    scores_by_halves: bool
 
     # ---- Widths, in bytes an element.
 

@@ -112,6 +112,7 @@ def plan_memory(
         stock_loss=stock_loss,
         on_gpu=profile.gpu is not None,
         attends_in_groups=attends_in_groups(recipe, profile.gpu) and not stock_loss,
+        scores_by_halves=profile.gpu is not None and profile.gpu.multiplies_by_halves,
     )
     return assemble_plan(
         phases(step),

@@ -295,19 +295,19 @@ def _exchange_seconds(
 def scoring_seconds_per_token(
     recipe: TrainRecipe, model: ModelSpec, device: Device, data: DataStatistics
 ) -> float:
-    """Forward pass of one token, without a gradient; the head's product is fp32 always, and where
-    nothing is 16-bit all are, in TF32 none."""
+    """Forward pass of one token, without a gradient; the head's product is as good as fp32 always,
+    and where nothing is 16-bit all are, in TF32 none."""
     forward = forward_flops(
         n_layer=model.n_layer,
         n_embd=model.n_embd,
         vocab_size=model.vocab_size,
         context_tokens=data.mean_context_tokens,
     )
-    in_fp32 = device.fp32_matmul_flops * device.at_width(model.n_embd)
+    at_width = device.at_width(model.n_embd)
     blocks = forward.blocks + forward.attention
-    products = forward.head / in_fp32
+    products = forward.head / (device.scoring_head_flops * at_width)
     if recipe.mixed_precision == "no":
-        products += blocks / in_fp32
+        products += blocks / (device.fp32_matmul_flops * at_width)
     else:
         products += matmul_seconds(1, blocks, model.n_embd, device)
     kernels = _KERNELS[recipe.mixed_precision]

@@ -87,7 +87,7 @@ def plan_time(
         residual = calibration.residual(
             "tokens_per_second", gpu=gpu, strategy=strategy.name, recipe=recipe, model=model
         )
-    device = device_of(gpu, recipe.mixed_precision, tf32=recipe.tf32)
+    device = _device(recipe, profile)
     if device is None:
         if residual is None:
             return None
@@ -136,11 +136,17 @@ def cold_tokens_per_second(
     data: DataStatistics,
 ) -> float:
     """What the formula alone says, which is what measurements are compared with."""
-    device = device_of(profile.gpu, recipe.mixed_precision, tf32=recipe.tf32) or UNKNOWN_GPU
+    device = _device(recipe, profile) or UNKNOWN_GPU
     world_size = 1 if strategy.backend == "none" else max(1, profile.num_gpus)
     steps = plan_steps(recipe, data, world_size)
     terms = time_of_step(recipe, model, device, strategy, profile, data, steps, world_size)
     return steps.tokens / sum(term.seconds for term in terms)
+
+
+def _device(recipe: TrainRecipe, profile: HardwareProfile) -> Device | None:
+    return device_of(
+        profile.gpu, recipe.mixed_precision, tf32=recipe.tf32, num_threads=profile.num_threads
+    )
 
 
 def _correction(

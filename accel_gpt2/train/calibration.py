@@ -52,6 +52,7 @@ class TrainedHere:
             num_gpus=0 if self.device.type == "cpu" else self.num_processes,
             interconnect="none" if self.num_processes == 1 else "pcie",
             host_memory_bytes=0,
+            num_threads=torch.get_num_threads(),
         )
 
 

@@ -5,12 +5,16 @@ once. Here a chunk of rows exists at a time; its gradient is formed while it is 
 needs nothing from later layers.
 """
 
+import functools
 import math
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from accel_gpt2.catalog.gpus import FAST_HALVES
 
 # Matrix products are fastest where rows begin at a multiple of this many elements and their number
 # is one too. GPT-2's 50,257 words are 17 more than that: they get a product of their own, and rows
@@ -53,8 +57,9 @@ def chunked_log_likelihoods(
     """log p(target) of every row, fp32 [num_tokens]; arguments as in `chunked_cross_entropy`.
 
     No more logits exist at once than `chunk_tokens` rows have, but they are those of more rows and
-    of a part of the vocabulary. The head's product is fp32 even under autocast: GPT-2's logits are
-    near -100, where bf16 has steps of 0.5, and a document's likelihood is a sum over hundreds.
+    of a part of the vocabulary. The head's product is as good as one in fp32 even under autocast:
+    GPT-2's logits are near -100, where bf16 has steps of 0.5, and a document's likelihood is a sum
+    over hundreds. `docs/decisions/002-loss.md` says how.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         hidden, head = hidden.float(), weight.float()
@@ -63,8 +68,10 @@ def chunked_log_likelihoods(
         if head_bias is not None:
             at_target += head_bias[targets]
         num_rows, columns = _tile(hidden, head, chunk_tokens)
+        by_halves = _multiplies_by_halves(hidden.device)
         normalisers = [
-            _log_sum_exp(rows, head, head_bias, columns) for rows in torch.split(hidden, num_rows)
+            _log_sum_exp(rows, head, head_bias, columns, by_halves=by_halves)
+            for rows in torch.split(hidden, num_rows)
         ]
         log_likelihoods: Tensor = at_target - torch.cat(normalisers)
     return log_likelihoods
@@ -74,7 +81,7 @@ def chunked_log_likelihoods(
 # are aligned. On a CPU they also stay in its cache until they are summed. A GPU would do nothing
 # but launch kernels for so small parts.
 _CPU_TILE = (1024, 512)  # rows, columns
-_GPU_ROWS = 4096
+_GPU_ROWS = 8192
 
 
 def _tile(hidden: Tensor, head: Tensor, chunk_tokens: int) -> tuple[int, int]:
@@ -88,7 +95,9 @@ def _tile(hidden: Tensor, head: Tensor, chunk_tokens: int) -> tuple[int, int]:
     return num_rows, min(fitting, _CPU_TILE[1] if on_cpu else _aligned_width(head))
 
 
-def _log_sum_exp(rows: Tensor, head: Tensor, bias: Tensor | None, columns: int) -> Tensor:
+def _log_sum_exp(
+    rows: Tensor, head: Tensor, bias: Tensor | None, columns: int, *, by_halves: bool
+) -> Tensor:
     """log sum exp of each row's logits, fp32 [rows], so many columns of them at once.
 
     In powers of two, which a CPU's vector units raise faster than e: the product scales them.
@@ -96,10 +105,15 @@ def _log_sum_exp(rows: Tensor, head: Tensor, bias: Tensor | None, columns: int) 
     largest = rows.new_full((len(rows), 1), -torch.inf)
     sums = torch.zeros_like(largest)
     tile = rows.new_empty(len(rows), columns)
+    halves = _halves(rows * _LOG2_E, (0, 0, 1)) if by_halves else None
     for start in range(0, len(head), columns):
         part = slice(start, start + columns)
         logits = tile[:, : len(head[part])]
-        if bias is None:
+        if halves is not None:
+            _multiply_halves(halves, _halves(head[part], (0, 1, 0)), logits)
+            if bias is not None:
+                logits.add_(bias[part], alpha=_LOG2_E)
+        elif bias is None:
             torch.addmm(logits, rows, head[part].T, beta=0, alpha=_LOG2_E, out=logits)
         else:
             torch.addmm(bias[part], rows, head[part].T, beta=_LOG2_E, alpha=_LOG2_E, out=logits)
@@ -107,6 +121,69 @@ def _log_sum_exp(rows: Tensor, head: Tensor, bias: Tensor | None, columns: int) 
         sums *= (before - largest).exp2_()
         sums += logits.sub_(largest).exp2_().sum(dim=1, keepdim=True)
     return (largest + sums.log2()).squeeze(1) / _LOG2_E
+
+
+def _halves(matrix: Tensor, order: tuple[int, ...]) -> Tensor:
+    """An fp32 [rows, width] as the fp16 number next to each of its own (0) and what is left of it,
+    in fp16 too (1): [rows, len(order) x width], side by side in this order.
+
+    Together they have 22 of fp32's 24 bits. No number here is too large for fp16: what the last
+    norm lets through is at most the root of the width, times its gain.
+    """
+    width = matrix.shape[1]
+    halves = matrix.new_empty(len(matrix), len(order) * width, dtype=torch.float16)
+    places = [halves[:, place * width :][:, :width] for place in range(len(order))]
+    high, low = places[order.index(0)], places[order.index(1)]
+    high.copy_(matrix)
+    low.copy_(matrix - high)
+    for place, half in zip(places, order, strict=True):
+        if place is not high and place is not low:
+            place.copy_(low if half else high)
+    return halves
+
+
+def _multiply_halves(left: Tensor, right: Tensor, product: Tensor) -> None:
+    """left @ right.T with fp32 sums, written into an fp32 product."""
+    if left.device.type == "cuda":
+        torch.mm(left, right.T, out_dtype=torch.float32, out=product)
+    else:  # nowhere else is there such a product; in fp32 that of two fp16 numbers is exact
+        torch.mm(left.float(), right.float().T, out=product)
+
+
+@functools.cache
+def _multiplies_by_halves(device: torch.device) -> bool:
+    """Whether three products of fp16 halves are faster than one in fp32, and right, on a device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) not in FAST_HALVES:
+        return False
+    problem = halves_problem(device)
+    if problem is not None:
+        warnings.warn(
+            "Scores multiply with the head in fp32, which is slower than by fp16 halves, since on "
+            f"this GPU that {problem}.",
+            stacklevel=2,
+        )
+    return problem is None
+
+
+def halves_problem(device: torch.device) -> str | None:
+    """What is wrong with products of fp16 halves on a device, as a clause; None where nothing is.
+
+    Tried on logits near -100, with a bias, and with parts of the vocabulary of which the last is
+    narrower.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    rows, head, bias = (
+        torch.randn(*size, generator=generator, device=device)
+        for size in ((64, 96), (529, 96), (529,))
+    )
+    rows[:, 0], head[:, 0] = -100.3, 1.01
+    try:
+        found = _log_sum_exp(rows, head, bias, 256, by_halves=True)
+    except (RuntimeError, TypeError) as error:
+        return f"fails ({str(error).splitlines()[0]})"
+    exact = torch.addmm(bias.double(), rows.double(), head.double().T).logsumexp(dim=1)
+    # One product of fp16 numbers is off by 0.01, fp32 and this by 1e-5.
+    return None if bool(((found - exact).abs() < 2e-4).all()) else "gives other values"
 
 
 def _exponentiate_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The benchmark of a GPU, rehearsed on a CPU with a tiny model."""
+"""The benchmarks of a GPU, rehearsed on a CPU with a tiny model."""
 
 import json
 import re
@@ -8,20 +8,37 @@ from pathlib import Path
 
 import pytest
 
-_SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_bench.py"
+_FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+pytestmark = pytest.mark.skipif(not _FOLDER.is_dir(), reason="benchmarks are not part of a release")
 
 
-@pytest.mark.skipif(not _SCRIPT.is_file(), reason="benchmarks are not part of a release")
-def test_all_sides_train_and_what_there_was_no_time_for_is_named(tmp_path: Path) -> None:
-    """Equal losses, a speed for each side that is here, the shares of a step, in both files."""
-    options = ["--device", "cpu", "--sizes", "tiny", "--seconds", "300", "--output", str(tmp_path)]
+def _rehearse(script: str, output: Path, *, seconds: int) -> None:
+    options = ["--device", "cpu", "--sizes", "tiny", "--seconds", str(seconds)]
     done = subprocess.run(
-        [sys.executable, str(_SCRIPT), *options],
+        [sys.executable, str(_FOLDER / script), *options, "--output", str(output)],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_scores_of_both_products_are_alike(tmp_path: Path) -> None:
+    """A row for each data set: rates, and scores that differ by rounding alone."""
+    _rehearse("scoring_on_gpu.py", tmp_path, seconds=300)
+    (path,) = tmp_path.glob("*-scoring-on-gpu.md")
+    rows = re.findall(r"^\| gpt2-tiny \| (.*) \|$", path.read_text(), re.MULTILINE)
+    assert [row.split(" | ")[0] for row in rows] == ["ag_news", "imdb"]
+    for row in rows:
+        _, *rates, _, _, difference, _, _ = row.split(" | ")
+        assert all(float(rate.replace(",", "")) > 0 for rate in rates)
+        assert 0 < float(difference) < 1e-6
+
+
+def test_all_sides_train_and_what_there_was_no_time_for_is_named(tmp_path: Path) -> None:
+    """Equal losses, a speed for each side that is here, the shares of a step, in both files."""
+    _rehearse("gpu_bench.py", tmp_path, seconds=300)
     (path,) = tmp_path.glob("*-training-on-cpu.json")
     found = json.loads(path.read_text())
     (bar,) = found["bars"]

@@ -26,6 +26,7 @@ from accel_gpt2.train.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from accel_gpt2.train.loss import halves_problem
 from accel_gpt2.train.model import build_model
 from accel_gpt2.train.optim import build_optimizer
 from accel_gpt2.train.processes import build_accelerator
@@ -219,3 +220,9 @@ def test_evaluating_and_saving_stay_below_training(tmp_path: Path) -> None:
     )
     assert evaluating < training
     assert saving < training
+
+
+def test_products_of_halves_are_as_good_as_fp32() -> None:
+    """Where scores are made of them, and on other GPUs that have bf16 as well."""
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        assert halves_problem(torch.device("cuda")) is None

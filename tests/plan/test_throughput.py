@@ -79,6 +79,26 @@ def test_fp32_products_in_tf32(gpu: str, mixed_precision: str, tf32: bool, tflop
     assert device.fp32_matmul_flops == plain.fp32_matmul_flops
 
 
+def test_scores_are_multiplied_by_halves_where_that_is_faster() -> None:
+    """A third of fp16's rate in place of fp32's, where that is more."""
+    for name, gpu in GPUS.items():
+        device = device_of(gpu, "fp16")
+        assert device is not None
+        by_halves = name.startswith(("t4", "v100", "a100", "h100", "h200"))
+        assert gpu.multiplies_by_halves == by_halves
+        gain = device.scoring_head_flops / device.fp32_matmul_flops
+        assert 1.5 < gain < 5 if by_halves else gain == 1
+
+
+def test_a_cpu_is_as_fast_as_it_has_threads() -> None:
+    """Eight cores are not eight times one, and no fewer threads are faster."""
+    alone, eight = (device_of(None, "no", num_threads=n) for n in (1, 8))
+    assert alone is not None
+    assert eight is not None
+    assert 4 < eight.matmul_flops / alone.matmul_flops < 8
+    assert 1 < eight.bytes_per_second / alone.bytes_per_second < 8
+
+
 def test_published_trainings_are_within_the_stated_error() -> None:
     """Nine published rates on four GPUs: each within 35% of the formula, 10% on average."""
     errors = [

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from accel_gpt2.data.batching import collate
+from accel_gpt2.train import loss as loss_module
 from accel_gpt2.train.causal import LanguageModel, arrays
 from accel_gpt2.train.loss import chunked_cross_entropy, chunked_log_likelihoods
 
@@ -101,6 +102,50 @@ def test_log_likelihoods_are_fp32_under_autocast() -> None:
     torch.testing.assert_close(inside, plain, rtol=0, atol=0)
     expected = F.linear(hidden, weight, bias).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(plain, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_products_of_halves_are_as_good_as_fp32(
+    monkeypatch: pytest.MonkeyPatch, with_bias: bool
+) -> None:
+    """As an A100 multiplies, and in parts of the vocabulary: logits near -100 are as near the exact
+    ones as in fp32, and a hundred times as near as by one product of fp16 numbers."""
+    hidden, weight, bias, targets = _problem(50, 64, 2500)
+    hidden[:, 0], weight[:, 0] = -100.3, 1.01
+    given = bias if with_bias else None
+    exact = F.linear(hidden.double(), weight.double(), None if given is None else given.double())
+    expected = exact.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    in_fp32 = chunked_log_likelihoods(hidden, weight, given, targets, 4)
+    monkeypatch.setattr(loss_module, "_multiplies_by_halves", lambda device: True)
+    found = chunked_log_likelihoods(hidden, weight, given, targets, 4)
+    assert not torch.equal(found, in_fp32)
+    off = (found - expected).abs().max()
+    assert off < 5 * (in_fp32 - expected).abs().max()
+    rounded = [x.half().double() for x in (hidden, weight)]
+    plain = F.linear(*rounded, None if given is None else given.double()).logsumexp(-1)
+    assert (plain - exact.logsumexp(-1)).abs().max() > 100 * off
+
+
+def test_a_device_whose_products_of_halves_are_wrong_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The check that a GPU has to pass first: a product that leaves something out, or fails."""
+    cpu = torch.device("cpu")
+    assert loss_module.halves_problem(cpu) is None
+    right = loss_module._multiply_halves
+
+    def without_the_rest(left: torch.Tensor, halves: torch.Tensor, product: torch.Tensor) -> None:
+        third = left.shape[1] // 3
+        right(left[:, :third], halves[:, :third], product)
+
+    monkeypatch.setattr(loss_module, "_multiply_halves", without_the_rest)
+    assert loss_module.halves_problem(cpu) == "gives other values"
+
+    def fails(*_: torch.Tensor) -> None:
+        raise RuntimeError("no such kernel\nand more")
+
+    monkeypatch.setattr(loss_module, "_multiply_halves", fails)
+    assert loss_module.halves_problem(cpu) == "fails (no such kernel)"
 
 
 def test_model_loss_equals_transformers_loss() -> None:
