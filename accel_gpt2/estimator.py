@@ -29,7 +29,8 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
 from accel_gpt2.errors import UserError
-from accel_gpt2.recipe import Layer, ResolvedRecipe, TrainRecipe, resolve
+from accel_gpt2.recipe import Layer, ResolvedRecipe, TrainRecipe
+from accel_gpt2.recipe.resolving import resolve
 
 if TYPE_CHECKING:
     from accel_gpt2.classify.predict import Classifier

@@ -28,7 +28,8 @@ from results import Page, say
 from accel_gpt2.classify.prepare import PreparedData, prepare_data
 from accel_gpt2.data.batching import Indices, split_micro_batches
 from accel_gpt2.plan.cutting import cut_by_tokens
-from accel_gpt2.recipe import Layer, TrainRecipe, resolve
+from accel_gpt2.recipe import Layer, TrainRecipe
+from accel_gpt2.recipe.resolving import resolve
 from accel_gpt2.train.causal import LanguageModel
 from accel_gpt2.train.model import build_model
 from accel_gpt2.train.processes import build_accelerator

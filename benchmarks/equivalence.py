@@ -23,7 +23,8 @@ from results import say
 from safetensors.torch import load_file
 
 from accel_gpt2.catalog.strategies import STRATEGIES
-from accel_gpt2.recipe import Layer, ResolvedRecipe, resolve
+from accel_gpt2.recipe import Layer, ResolvedRecipe
+from accel_gpt2.recipe.resolving import resolve
 
 # What is installed may have a package `tests` that is not ours.
 _tests = ModuleType("tests")

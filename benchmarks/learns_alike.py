@@ -24,7 +24,8 @@ import numpy as np
 from results import say
 
 from accel_gpt2.classify.fit import fit
-from accel_gpt2.recipe import Layer, resolve
+from accel_gpt2.recipe import Layer
+from accel_gpt2.recipe.resolving import resolve
 
 WINDOW = 50  # steps that a loss is averaged over
 LARGEST_DIFFERENCE = 0.01

@@ -43,13 +43,7 @@ from accel_gpt2.catalog.strategies import STRATEGIES
 from accel_gpt2.plan.data import length_statistics
 from accel_gpt2.plan.memory import MemoryPlan, plan_memory
 from accel_gpt2.plan.throughput import cold_tokens_per_second
-from accel_gpt2.recipe import (
-    Finetuning,
-    MixedPrecision,
-    Optimizer,
-    Quantization,
-    TrainRecipe,
-)
+from accel_gpt2.recipe import Finetuning, MixedPrecision, Optimizer, Quantization, TrainRecipe
 from accel_gpt2.trace.measured import peak_allocated_bytes
 from accel_gpt2.trace.step import StockLoss, autocast, training_step
 from accel_gpt2.train.calibration import unknown_gpu

@@ -13,7 +13,8 @@ import sys
 _STEPS = """
 import time, numpy as np, torch
 from accel_gpt2.data.batching import collate
-from accel_gpt2.recipe import Layer, resolve
+from accel_gpt2.recipe import Layer
+from accel_gpt2.recipe.resolving import resolve
 from accel_gpt2.train.causal import arrays
 from accel_gpt2.train.model import build_model
 from accel_gpt2.train.optim import build_optimizer

@@ -26,7 +26,8 @@ from results import say
 from accel_gpt2.classify.prepare import prepare_data
 from accel_gpt2.data.batching import collate
 from accel_gpt2.data.tokenized import TokenizedDocuments
-from accel_gpt2.recipe import Layer, TrainRecipe, resolve
+from accel_gpt2.recipe import Layer, TrainRecipe
+from accel_gpt2.recipe.resolving import resolve
 from accel_gpt2.train.bf16 import cast_to_bf16
 from accel_gpt2.train.causal import LanguageModel, arrays
 from accel_gpt2.train.model import build_model

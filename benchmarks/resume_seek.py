@@ -18,7 +18,8 @@ from typing import Any
 
 from accel_gpt2.classify import fit as fitting
 from accel_gpt2.errors import StoppedEarly
-from accel_gpt2.recipe import Layer, resolve
+from accel_gpt2.recipe import Layer
+from accel_gpt2.recipe.resolving import resolve
 from accel_gpt2.train import prefetch
 from accel_gpt2.train.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
 from accel_gpt2.train.schedule import BatchSchedule

@@ -194,7 +194,8 @@ def _documents(count: int) -> dict[str, float]:
 def _classes(count: int) -> dict[str, float]:
     from accel_gpt2.classify.fit import fit
     from accel_gpt2.classify.predict import load_classifier
-    from accel_gpt2.recipe import Layer, resolve
+    from accel_gpt2.recipe import Layer
+    from accel_gpt2.recipe.resolving import resolve
 
     with _own_folder() as folder:
         _write_csv(folder / "texts.csv", 40 * count, num_classes=count)

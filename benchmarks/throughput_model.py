@@ -26,7 +26,8 @@ from accel_gpt2.classify.fit import fit
 from accel_gpt2.plan.calibration import CALIBRATION_FILE, Calibration, read_records
 from accel_gpt2.plan.data import dataset_statistics
 from accel_gpt2.plan.throughput import plan_time
-from accel_gpt2.recipe import Layer, ResolvedRecipe, TrainRecipe, resolve
+from accel_gpt2.recipe import Layer, ResolvedRecipe, TrainRecipe
+from accel_gpt2.recipe.resolving import resolve
 from accel_gpt2.trace import speed
 from accel_gpt2.train import calibration, loop
 

@@ -14,19 +14,15 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.errors import UsageError
-from accel_gpt2.recipe import (
-    FIELDS,
-    RUN_FIELDS,
-    Layer,
-    TrainRecipe,
+from accel_gpt2.recipe import FIELDS, RUN_FIELDS, Layer, TrainRecipe, result_differences
+from accel_gpt2.recipe.layers import (
     assignments_layer,
     environment_layer,
     parse_value,
     read_layer,
-    resolve,
-    result_differences,
     to_yaml,
 )
+from accel_gpt2.recipe.resolving import resolve
 
 
 def recipe_of(**values: object) -> TrainRecipe:

@@ -26,7 +26,8 @@ from accel_gpt2.classify.verdict import verdict_sentences
 from accel_gpt2.durable import write_json
 from accel_gpt2.errors import UserError
 from accel_gpt2.plan.comparison import PlannedRun
-from accel_gpt2.recipe import TrainRecipe, read_layer
+from accel_gpt2.recipe import TrainRecipe
+from accel_gpt2.recipe.layers import read_layer
 
 COMPARISON = "comparison.json"
 _FORMAT_VERSION = 1

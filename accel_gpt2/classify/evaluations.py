@@ -7,7 +7,9 @@ from typing import Any
 from accel_gpt2.catalog.arms import ArmSpec
 from accel_gpt2.classify.aside import is_trained
 from accel_gpt2.errors import UserError
-from accel_gpt2.recipe import TrainRecipe, read_layer, resolve, result_differences
+from accel_gpt2.recipe import TrainRecipe, result_differences
+from accel_gpt2.recipe.layers import read_layer
+from accel_gpt2.recipe.resolving import resolve
 
 METRICS = "metrics.json"
 OUT_OF_DISTRIBUTION = "out_of_distribution.json"

@@ -22,7 +22,8 @@ from accel_gpt2.classify.run import LOG
 from accel_gpt2.classify.standing import Standing
 from accel_gpt2.failures import ending, is_expected
 from accel_gpt2.parent import stop_with_parent
-from accel_gpt2.recipe import Layer, TrainRecipe, resolve
+from accel_gpt2.recipe import Layer, TrainRecipe
+from accel_gpt2.recipe.resolving import resolve
 from accel_gpt2.train.processes import build_accelerator, start_trackers
 from accel_gpt2.train.progress import TrainProgress
 from accel_gpt2.train.run_log import append_json_line

@@ -14,7 +14,9 @@ from accel_gpt2.classify.bayes import FloatArray, log_priors
 from accel_gpt2.classify.parts import Part, parts_of
 from accel_gpt2.durable import write_text
 from accel_gpt2.errors import UserError
-from accel_gpt2.recipe import Count, Layer, TrainRecipe, read_layer, resolve, to_yaml
+from accel_gpt2.recipe import Count, Layer, TrainRecipe
+from accel_gpt2.recipe.layers import read_layer, to_yaml
+from accel_gpt2.recipe.resolving import resolve
 from accel_gpt2.train.checkpoint import read_identity
 from accel_gpt2.train.manifest import MANIFEST, read_json
 

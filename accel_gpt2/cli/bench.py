@@ -16,7 +16,8 @@ from accel_gpt2.cli.hardware import (
 from accel_gpt2.cli.options import JsonOption, TrainOptions, given_layers
 from accel_gpt2.cli.output import print_json, print_line, say
 from accel_gpt2.errors import DoesNotFitError, UsageError
-from accel_gpt2.recipe import Layer, resolve
+from accel_gpt2.recipe import Layer
+from accel_gpt2.recipe.resolving import resolve
 from accel_gpt2.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ class Prepared:
 
 
 def given_recipe(options: TrainOptions) -> "tuple[list[Layer], TrainRecipe]":
-    from accel_gpt2.recipe import resolve
+    from accel_gpt2.recipe.resolving import resolve
 
     layers = given_layers(options)
     recipe = resolve(layers).recipe
@@ -141,7 +141,8 @@ def _machine_words(
 
     What was set in the environment is typed: the machine has not got it.
     """
-    from accel_gpt2.recipe import Layer, environment_layer
+    from accel_gpt2.recipe import Layer
+    from accel_gpt2.recipe.layers import environment_layer
 
     layers = list(options.layers)
     typed = {key for layer in layers for key in layer.values}

@@ -11,7 +11,9 @@ from accel_gpt2.cli.options import DebugOption, JsonOption, QuietOption, RunArgu
 from accel_gpt2.cli.output import is_main_process, print_json, print_table, say
 from accel_gpt2.cli.run_directory import RECIPE_FILE, require_run
 from accel_gpt2.errors import UsageError
-from accel_gpt2.recipe import Pll, read_layer, resolve
+from accel_gpt2.recipe import Pll
+from accel_gpt2.recipe.layers import read_layer
+from accel_gpt2.recipe.resolving import resolve
 
 # Accuracy that calibration changes by less is noise on most test splits.
 _WORTH_SAYING = 0.01

@@ -22,10 +22,8 @@ from accel_gpt2.recipe import (
     Optimizer,
     PlacementChoice,
     TrainRecipe,
-    assignments_layer,
-    environment_layer,
-    read_layer,
 )
+from accel_gpt2.recipe.layers import assignments_layer, environment_layer, read_layer
 from accel_gpt2.units import parse_seconds
 
 _DEFAULTS = TrainRecipe()

@@ -14,7 +14,7 @@ from accel_gpt2.cli.run_directory import default_run_directory
 from accel_gpt2.durable import write_bytes
 from accel_gpt2.errors import DoesNotFitError, UsageError
 from accel_gpt2.plan.candidates import CHOICES, Preference
-from accel_gpt2.recipe import resolve
+from accel_gpt2.recipe.resolving import resolve
 
 if TYPE_CHECKING:
     from accel_gpt2.plan.run_plan import RunPlan

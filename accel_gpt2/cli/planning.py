@@ -23,7 +23,9 @@ from accel_gpt2.plan.data import DataStatistics, dataset_statistics
 from accel_gpt2.plan.memory import ByteRange, MemoryPlan, MemoryTerm, covers, plan_memory
 from accel_gpt2.plan.ranking import shortage
 from accel_gpt2.plan.search import Depth, RunPlan, plan_run
-from accel_gpt2.recipe import Layer, TrainRecipe, read_layer, resolve
+from accel_gpt2.recipe import Layer, TrainRecipe
+from accel_gpt2.recipe.layers import read_layer
+from accel_gpt2.recipe.resolving import resolve
 
 # For what the closed form does not know (an encoder, another objective): as a language model of the
 # same shape, with as much again for what that leaves out.

@@ -6,14 +6,9 @@ from pathlib import Path
 
 from accel_gpt2.durable import make_directory, write_text
 from accel_gpt2.errors import UsageError, UserError
-from accel_gpt2.recipe import (
-    WARNED_FIELDS,
-    TrainRecipe,
-    read_layer,
-    resolve,
-    result_differences,
-    to_yaml,
-)
+from accel_gpt2.recipe import WARNED_FIELDS, TrainRecipe, result_differences
+from accel_gpt2.recipe.layers import read_layer, to_yaml
+from accel_gpt2.recipe.resolving import resolve
 
 RECIPE_FILE = "recipe.yaml"
 

@@ -44,12 +44,8 @@ from accel_gpt2.durable import write_text
 from accel_gpt2.errors import DoesNotFitError, ExitCode, StoppedEarly, UsageError, UserError
 from accel_gpt2.parent import stop_with_parent
 from accel_gpt2.plan.placement import Placement
-from accel_gpt2.recipe import (
-    FIELDS,
-    Layer,
-    ResolvedRecipe,
-    resolve,
-)
+from accel_gpt2.recipe import FIELDS, Layer, ResolvedRecipe
+from accel_gpt2.recipe.resolving import resolve
 from accel_gpt2.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:

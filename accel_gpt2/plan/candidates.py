@@ -12,7 +12,8 @@ from accel_gpt2.catalog.strategies import STRATEGIES, ShardingStrategy
 from accel_gpt2.errors import UsageError
 from accel_gpt2.plan.packing import packs_rows
 from accel_gpt2.plan.placement import Placement, applicable_placements
-from accel_gpt2.recipe import Layer, ResolvedRecipe, TrainRecipe, resolve
+from accel_gpt2.recipe import Layer, ResolvedRecipe, TrainRecipe
+from accel_gpt2.recipe.resolving import resolve
 
 # faithful: what changes least about full fine-tuning with fp32 weights. quality: fp32 arithmetic
 # before that. speed: the fastest. memory: the smallest.

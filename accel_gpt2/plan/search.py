@@ -51,7 +51,8 @@ from accel_gpt2.plan.ranking import (
 from accel_gpt2.plan.run_plan import NearestChange, Option, Rejected, RunPlan, Why
 from accel_gpt2.plan.support import refusal
 from accel_gpt2.plan.throughput import SecondsRange, TimePlan, plan_time
-from accel_gpt2.recipe import Layer, ResolvedRecipe, TrainRecipe, resolve
+from accel_gpt2.recipe import Layer, ResolvedRecipe, TrainRecipe
+from accel_gpt2.recipe.resolving import resolve
 
 __all__ = ["Depth", "NearestChange", "Option", "Rejected", "RunPlan", "plan_run"]
 

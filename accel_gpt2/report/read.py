@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 
 from accel_gpt2.errors import UsageError, UserError
-from accel_gpt2.recipe import read_layer
+from accel_gpt2.recipe.layers import read_layer
 from accel_gpt2.report.form import LogRow, Metrics, Plan
 
 Unit = Literal["token", "document"]

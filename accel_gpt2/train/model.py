@@ -17,7 +17,8 @@ from accel_gpt2.data.tokenizer import TextTokenizer, load_saved_tokenizer
 from accel_gpt2.data.weights import weights_are_cached, weights_location
 from accel_gpt2.errors import UsageError, UserError
 from accel_gpt2.failures import machine_failure
-from accel_gpt2.recipe import Objective, TrainRecipe, dora_dropout_problem
+from accel_gpt2.recipe import Objective, TrainRecipe
+from accel_gpt2.recipe.rules import dora_dropout_problem
 from accel_gpt2.train.bf16 import cast_to_bf16
 from accel_gpt2.train.causal import LanguageModel
 from accel_gpt2.train.classifier import DocumentClassifier

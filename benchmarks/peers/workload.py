@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accel_gpt2.catalog.datasets import DATASETS
-from accel_gpt2.recipe import Layer, ResolvedRecipe, resolve
+from accel_gpt2.recipe import Layer, ResolvedRecipe
+from accel_gpt2.recipe.resolving import resolve
 
 if TYPE_CHECKING:
     from accel_gpt2.classify.prepare import PreparedData

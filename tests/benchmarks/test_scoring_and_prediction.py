@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from accel_gpt2.classify.fit import fit
-from accel_gpt2.recipe import Layer, resolve
+from accel_gpt2.recipe import Layer
+from accel_gpt2.recipe.resolving import resolve
 
 _FOLDER = Path(__file__).parents[2] / "benchmarks"
 

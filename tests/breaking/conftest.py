@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from accel_gpt2.recipe import Layer, resolve, to_yaml
+from accel_gpt2.recipe import Layer
+from accel_gpt2.recipe.layers import to_yaml
+from accel_gpt2.recipe.resolving import resolve
 from tests.conftest import write_texts
 
 from .harness import ForkServer, Reference, read_log

@@ -39,7 +39,8 @@ import transformers.models.gpt2.modeling_gpt2  # noqa: F401
 from accel_gpt2.classify.fit import fit
 from accel_gpt2.cli.errors import outcome
 from accel_gpt2.data.tokenizer import TextTokenizer
-from accel_gpt2.recipe import read_layer, resolve
+from accel_gpt2.recipe.layers import read_layer
+from accel_gpt2.recipe.resolving import resolve
 from accel_gpt2.train.causal import LanguageModel
 from accel_gpt2.train.stopping import StopRequest
 

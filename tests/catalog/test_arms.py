@@ -7,7 +7,8 @@ import pytest
 
 from accel_gpt2.catalog.arms import ARMS, BASE_FINAL, BASE_VALUES, ArmSpec
 from accel_gpt2.classify.parts import parts_of
-from accel_gpt2.recipe import Layer, resolve
+from accel_gpt2.recipe import Layer
+from accel_gpt2.recipe.resolving import resolve
 
 _MODELS = {"model": "gpt2", "encoder": "roberta-base"}
 

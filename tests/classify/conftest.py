@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from accel_gpt2.classify.fit import fit
-from accel_gpt2.recipe import Layer, ResolvedRecipe, resolve
+from accel_gpt2.recipe import Layer, ResolvedRecipe
+from accel_gpt2.recipe.resolving import resolve
 
 Resolve = Callable[..., ResolvedRecipe]
 

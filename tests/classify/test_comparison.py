@@ -22,7 +22,8 @@ from accel_gpt2.cli.launcher import Launch
 from accel_gpt2.cli.options import TrainOptions, command_line_layers
 from accel_gpt2.errors import ExitCode, StoppedEarly, UsageError, UserError
 from accel_gpt2.plan.comparison import select_arms
-from accel_gpt2.recipe import read_layer, resolve
+from accel_gpt2.recipe.layers import read_layer
+from accel_gpt2.recipe.resolving import resolve
 from accel_gpt2.report.comparison_form import read_comparison
 from tests.conftest import write_texts
 

@@ -27,7 +27,8 @@ from accel_gpt2.classify.lock import hold
 from accel_gpt2.classify.placed_progress import PlacedProgress
 from accel_gpt2.classify.status import ClassStatus, read_classes
 from accel_gpt2.errors import ExitCode, StoppedEarly, UsageError, UserError
-from accel_gpt2.recipe import ResolvedRecipe, to_yaml
+from accel_gpt2.recipe import ResolvedRecipe
+from accel_gpt2.recipe.layers import to_yaml
 from tests.conftest import write_texts
 
 from .conftest import read_log, resolve_tiny
@@ -222,7 +223,8 @@ PARENT = """
 import sys
 from pathlib import Path
 from accel_gpt2.classify.fit import fit
-from accel_gpt2.recipe import read_layer, resolve
+from accel_gpt2.recipe.layers import read_layer
+from accel_gpt2.recipe.resolving import resolve
 fit(resolve([read_layer(Path(sys.argv[1]))]), Path(sys.argv[2]), quiet=True)
 """
 

@@ -20,7 +20,8 @@ from accel_gpt2.classify.evaluate import evaluate_run
 from accel_gpt2.classify.fit import fit
 from accel_gpt2.classify.prepare import prepare_data
 from accel_gpt2.errors import ExitCode
-from accel_gpt2.recipe import read_layer, resolve, to_yaml
+from accel_gpt2.recipe.layers import read_layer, to_yaml
+from accel_gpt2.recipe.resolving import resolve
 from accel_gpt2.train.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
 from accel_gpt2.train.schedule import BatchSchedule
 from tests.conftest import write_texts

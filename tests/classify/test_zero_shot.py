@@ -14,7 +14,8 @@ from accel_gpt2.catalog.arms import ARMS
 from accel_gpt2.catalog.datasets import DATASETS
 from accel_gpt2.classify.zero_shot import evaluate_zero_shot, prompts, score_after_prompt
 from accel_gpt2.data.tokenizer import load_gpt2_tokenizer
-from accel_gpt2.recipe import Layer, TrainRecipe, resolve
+from accel_gpt2.recipe import Layer, TrainRecipe
+from accel_gpt2.recipe.resolving import resolve
 from accel_gpt2.train.causal import LanguageModel
 from accel_gpt2.train.processes import build_accelerator
 

@@ -23,7 +23,9 @@ from accel_gpt2.classify.evaluate import evaluate_run
 from accel_gpt2.classify.fit import fit
 from accel_gpt2.data.tokenized import TokenizedDocuments
 from accel_gpt2.errors import StoppedEarly, UserError
-from accel_gpt2.recipe import ResolvedRecipe, read_layer, resolve
+from accel_gpt2.recipe import ResolvedRecipe
+from accel_gpt2.recipe.layers import read_layer
+from accel_gpt2.recipe.resolving import resolve
 from accel_gpt2.train.bf16 import Bf16Optimizer
 from accel_gpt2.train.causal import LanguageModel
 from accel_gpt2.train.model import load_final

@@ -7,7 +7,8 @@ import pytest
 
 from accel_gpt2.plan.calibration import CALIBRATION_FILE, read_records
 from accel_gpt2.plan.data import dataset_statistics
-from accel_gpt2.recipe import Layer, resolve
+from accel_gpt2.recipe import Layer
+from accel_gpt2.recipe.resolving import resolve
 from accel_gpt2.trace.speed import draw_lengths
 
 from .conftest import CommandLine

@@ -9,7 +9,8 @@ import pytest
 
 from accel_gpt2.classify.lock import claim
 from accel_gpt2.classify.status import ClassStatus, RunStatus, with_ending
-from accel_gpt2.recipe import TrainRecipe, to_yaml
+from accel_gpt2.recipe import TrainRecipe
+from accel_gpt2.recipe.layers import to_yaml
 
 from .conftest import CommandLine
 

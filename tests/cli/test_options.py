@@ -14,7 +14,8 @@ from accel_gpt2.cli.options import (
     typed_words,
 )
 from accel_gpt2.errors import UsageError
-from accel_gpt2.recipe import Finetuning, Init, MixedPrecision, Optimizer, resolve
+from accel_gpt2.recipe import Finetuning, Init, MixedPrecision, Optimizer
+from accel_gpt2.recipe.resolving import resolve
 
 
 def typed(*arguments: str) -> TrainOptions:

@@ -13,7 +13,8 @@ import pytest
 from accel_gpt2.cli.options import TrainOptions, command_line_layers
 from accel_gpt2.cli.plan import make_plan
 from accel_gpt2.cli.train import choose
-from accel_gpt2.recipe import TrainRecipe, resolve
+from accel_gpt2.recipe import TrainRecipe
+from accel_gpt2.recipe.resolving import resolve
 from tests.cli.conftest import SUPER, CommandLine, machine
 
 LARGE = ("plan", "--model", "gpt2-large", "--profile", "rtx4070ti")

@@ -9,7 +9,8 @@ from accel_gpt2.cli.hardware import DetectedGpu, DetectedHardware
 from accel_gpt2.cli.options import TrainOptions, command_line_layers
 from accel_gpt2.cli.train import TrainChoice, choose
 from accel_gpt2.errors import DoesNotFitError
-from accel_gpt2.recipe import TrainRecipe, to_yaml
+from accel_gpt2.recipe import TrainRecipe
+from accel_gpt2.recipe.layers import to_yaml
 from accel_gpt2.units import MIB
 from tests.cli.conftest import SUPER, CommandLine, machine
 

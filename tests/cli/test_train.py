@@ -26,7 +26,9 @@ from accel_gpt2.cli.train import (
     train_here,
 )
 from accel_gpt2.errors import DoesNotFitError, UsageError, UserError
-from accel_gpt2.recipe import Layer, PlacementChoice, TrainRecipe, read_layer, resolve, to_yaml
+from accel_gpt2.recipe import Layer, PlacementChoice, TrainRecipe
+from accel_gpt2.recipe.layers import read_layer, to_yaml
+from accel_gpt2.recipe.resolving import resolve
 from tests.cli.conftest import SUPER, CommandLine, machine
 
 

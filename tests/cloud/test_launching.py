@@ -137,7 +137,12 @@ def test_a_launch_is_run_fetched_and_taken_down(
     ]
     assert (launch.state, launch.exit_code) == ("ended", 0)
     uploaded = set(seen.read_text().splitlines())
-    needed = ("pyproject.toml", "constraints.txt", "accel_gpt2/recipe.py", "launch/train.py")
+    needed = (
+        "pyproject.toml",
+        "constraints.txt",
+        "accel_gpt2/recipe/__init__.py",
+        "launch/train.py",
+    )
     assert {f"package/{name}" for name in needed} <= uploaded
     assert "runs/imdb-gpt2/class-0-neg/state.json" in uploaded
     left_out = ("package/tests", "package/docs", "package/.git", "package/runs")

@@ -12,7 +12,8 @@ from accel_gpt2.data.estimate import estimate_statistics
 from accel_gpt2.data.sources import load_text_data
 from accel_gpt2.data.tokenizer import load_gpt2_tokenizer
 from accel_gpt2.plan.data import dataset_statistics
-from accel_gpt2.recipe import Layer, TrainRecipe, resolve
+from accel_gpt2.recipe import Layer, TrainRecipe
+from accel_gpt2.recipe.resolving import resolve
 from tests.conftest import write_texts
 
 

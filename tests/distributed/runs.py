@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import GPT2Config
 
 from accel_gpt2.classify.prepare import PreparedData, prepare_data
-from accel_gpt2.recipe import Layer, ResolvedRecipe, resolve
+from accel_gpt2.recipe import Layer, ResolvedRecipe
+from accel_gpt2.recipe.resolving import resolve
 from accel_gpt2.train.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
 from tests.conftest import write_texts
 

@@ -13,7 +13,8 @@ from accel_gpt2.catalog.strategies import STRATEGIES
 from accel_gpt2.classify.status import read_classes
 from accel_gpt2.plan.placement import Placement
 from accel_gpt2.plan.support import GPU_ONLY, VARIANTS, refusal, variant_recipe
-from accel_gpt2.recipe import Finetuning, Layer, ResolvedRecipe, resolve
+from accel_gpt2.recipe import Finetuning, Layer, ResolvedRecipe
+from accel_gpt2.recipe.resolving import resolve
 from tests.conftest import write_texts
 
 from .harness import run

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from accel_gpt2.recipe import ENVIRONMENT_PREFIX, FIELDS, TrainRecipe, parse_value
+from accel_gpt2.recipe import FIELDS, TrainRecipe
+from accel_gpt2.recipe.layers import ENVIRONMENT_PREFIX, parse_value
 from tests.fuzz.harness import Case, check_case, train_argv
 
 USAGE = (2,)

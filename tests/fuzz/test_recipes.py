@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from accel_gpt2.recipe import FIELDS, TrainRecipe, to_yaml
+from accel_gpt2.recipe import FIELDS, TrainRecipe
+from accel_gpt2.recipe.layers import to_yaml
 from tests.fuzz.harness import Case, Content, check_case, run_command, train_argv
 
 DRY_RUN = ("accel-gpt2", "train", "--dry-run")

@@ -17,7 +17,8 @@ from accel_gpt2.classify.fit import fit
 from accel_gpt2.classify.side_by_side import WORTHWHILE
 from accel_gpt2.classify.status import read_classes
 from accel_gpt2.errors import StoppedEarly, UserError
-from accel_gpt2.recipe import Layer, resolve
+from accel_gpt2.recipe import Layer
+from accel_gpt2.recipe.resolving import resolve
 from accel_gpt2.train.causal import LanguageModel
 from accel_gpt2.train.checkpoint import (
     Identity,

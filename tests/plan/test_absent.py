@@ -9,11 +9,7 @@ from accel_gpt2.plan.absent import WHEN_THERE
 from accel_gpt2.plan.data import dataset_statistics
 from accel_gpt2.plan.memory import plan_memory
 from accel_gpt2.plan.throughput import plan_time
-from accel_gpt2.recipe import (
-    Finetuning,
-    MixedPrecision,
-    TrainRecipe,
-)
+from accel_gpt2.recipe import Finetuning, MixedPrecision, TrainRecipe
 
 FINETUNING: tuple[Finetuning, ...] = ("full", "lora")
 PRECISIONS: tuple[MixedPrecision, ...] = ("no", "bf16", "pure_bf16")

@@ -21,7 +21,8 @@ from accel_gpt2.plan.calibration import (
 from accel_gpt2.plan.data import dataset_statistics
 from accel_gpt2.plan.memory import MemoryPlan, plan_memory
 from accel_gpt2.plan.throughput import cold_tokens_per_second
-from accel_gpt2.recipe import Layer, TrainRecipe, resolve
+from accel_gpt2.recipe import Layer, TrainRecipe
+from accel_gpt2.recipe.resolving import resolve
 
 from .records import record
 

@@ -12,7 +12,8 @@ from accel_gpt2.catalog.strategies import STRATEGIES
 from accel_gpt2.plan.memory import MemoryPlan, plan_memory
 from accel_gpt2.plan.search import RunPlan, plan_run
 from accel_gpt2.plan.throughput import plan_time
-from accel_gpt2.recipe import Layer, TrainRecipe, resolve
+from accel_gpt2.recipe import Layer, TrainRecipe
+from accel_gpt2.recipe.resolving import resolve
 from accel_gpt2.units import GIB
 
 CARD = PROFILES["rtx4070ti"]

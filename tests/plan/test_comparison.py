@@ -7,7 +7,8 @@ import pytest
 from accel_gpt2.catalog.arms import ARMS
 from accel_gpt2.errors import UsageError
 from accel_gpt2.plan.comparison import PlannedRun, plan_runs, select_arms
-from accel_gpt2.recipe import Layer, TrainRecipe, resolve
+from accel_gpt2.recipe import Layer, TrainRecipe
+from accel_gpt2.recipe.resolving import resolve
 
 TINY = resolve([Layer(origin="test", values={"model": "gpt2-tiny", "epochs": 2.5})]).recipe
 

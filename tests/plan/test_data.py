@@ -5,7 +5,8 @@ import pytest
 from accel_gpt2.catalog.datasets import DATASETS
 from accel_gpt2.data.cleaning import split_validation
 from accel_gpt2.plan.data import dataset_statistics, length_statistics
-from accel_gpt2.recipe import Layer, TrainRecipe, resolve
+from accel_gpt2.recipe import Layer, TrainRecipe
+from accel_gpt2.recipe.resolving import resolve
 
 # Mean predicted tokens and sum L^2 / sum L of all training documents, exactly, by max_length:
 # what benchmarks/token_lengths.py prints.

@@ -15,7 +15,9 @@ from accel_gpt2.errors import UsageError
 from accel_gpt2.plan.candidates import CHOICES, RESULT_CHOICES, Preference
 from accel_gpt2.plan.memory import MemoryPlan, plan_memory
 from accel_gpt2.plan.search import Option, RunPlan, plan_run
-from accel_gpt2.recipe import Layer, TrainRecipe, assignments_layer, parse_value, resolve
+from accel_gpt2.recipe import Layer, TrainRecipe
+from accel_gpt2.recipe.layers import assignments_layer, parse_value
+from accel_gpt2.recipe.resolving import resolve
 
 # Whatever this version trains.
 

@@ -11,7 +11,8 @@ from accel_gpt2.catalog.strategies import STRATEGIES
 from accel_gpt2.errors import UsageError
 from accel_gpt2.plan.placement import PLACEMENTS, Placement
 from accel_gpt2.plan.support import VARIANTS, Refusal, check_supported, refusal, support
-from accel_gpt2.recipe import Layer, TrainRecipe, resolve
+from accel_gpt2.recipe import Layer, TrainRecipe
+from accel_gpt2.recipe.resolving import resolve
 from accel_gpt2.render.support import support_markdown
 
 ROOT = Path(__file__).parents[2]

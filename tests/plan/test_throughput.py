@@ -15,7 +15,8 @@ from accel_gpt2.plan.device_speed import device_of, matmul_seconds
 from accel_gpt2.plan.flops import forward_flops
 from accel_gpt2.plan.step_time import Kernels, kernel_seconds
 from accel_gpt2.plan.throughput import TimePlan, plan_time
-from accel_gpt2.recipe import Layer, TrainRecipe, resolve
+from accel_gpt2.recipe import Layer, TrainRecipe
+from accel_gpt2.recipe.resolving import resolve
 
 from .records import record
 

@@ -10,7 +10,8 @@ import numpy as np
 from accel_gpt2.classify import bayes, curves, statistics
 from accel_gpt2.classify.calibration import calibrated_log_probabilities, fit_calibration
 from accel_gpt2.classify.metrics import bits_per_byte_matrix, classification_metrics
-from accel_gpt2.recipe import TrainRecipe, to_yaml
+from accel_gpt2.recipe import TrainRecipe
+from accel_gpt2.recipe.layers import to_yaml
 
 HOSTILE = "<script>alert('$x$')</script>"
 # (id, kind, name, how far the true class is ahead in standard deviations)

@@ -10,7 +10,8 @@ import pytest
 
 from accel_gpt2.classify import bayes, metrics
 from accel_gpt2.classify.calibration import fit_calibration
-from accel_gpt2.recipe import TrainRecipe, to_yaml
+from accel_gpt2.recipe import TrainRecipe
+from accel_gpt2.recipe.layers import to_yaml
 
 
 def write_trained_run(directory: Path, class_names: list[str], *, num_steps: int = 120) -> None:

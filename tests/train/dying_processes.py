@@ -37,7 +37,8 @@ import accel_gpt2.train.loop
 from accel_gpt2.classify.lock import hold
 from accel_gpt2.cli.train import launched_main
 from accel_gpt2.errors import UserError
-from accel_gpt2.recipe import read_layer, resolve
+from accel_gpt2.recipe.layers import read_layer
+from accel_gpt2.recipe.resolving import resolve
 from accel_gpt2.train import peers
 
 assert accel_gpt2.train

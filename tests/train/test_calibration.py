@@ -11,7 +11,8 @@ import torch
 from accel_gpt2.catalog.models import MODELS
 from accel_gpt2.classify.fit import fit
 from accel_gpt2.plan.calibration import CALIBRATION_FILE, read_records
-from accel_gpt2.recipe import Layer, ResolvedRecipe, TrainRecipe, resolve
+from accel_gpt2.recipe import Layer, ResolvedRecipe, TrainRecipe
+from accel_gpt2.recipe.resolving import resolve
 from accel_gpt2.train import calibration
 from accel_gpt2.train.calibration import (
     TrainedHere,

@@ -17,7 +17,9 @@ import pytest
 
 from accel_gpt2.cli.launcher import Launch, run_launch
 from accel_gpt2.errors import ExitCode, StoppedEarly, UserError
-from accel_gpt2.recipe import Layer, resolve, to_yaml
+from accel_gpt2.recipe import Layer
+from accel_gpt2.recipe.layers import to_yaml
+from accel_gpt2.recipe.resolving import resolve
 from accel_gpt2.train import peers
 from accel_gpt2.train.peers import (
     Failure,
