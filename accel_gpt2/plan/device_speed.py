@@ -49,7 +49,7 @@ _CPU_HALF_WIDTH = 64.0
 _CPU_HOST_SECONDS_PER_LAYER = 1e-3
 _CPU_BF16_SHARE = 0.01  # torch has fast bf16 products on few CPUs; elsewhere 1/100 was measured
 # How much n cores are faster than one: n to this power, measured with two.
-_CORES_MATMUL_POWER = 0.9
+_CORES_MATMUL_POWER = 0.8
 _CORES_BYTES_POWER = 0.5
 
 # A GPU without a row stands in for one only where it was measured: the ratio takes this away again.

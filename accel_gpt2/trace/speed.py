@@ -33,7 +33,6 @@ from accel_gpt2.train.throughput import StepTimer, peak_memory_bytes
 _WARM_UP_STEPS = 3  # as many as `StepTimer` leaves out
 _FEWEST_STEPS = 5  # timed, however long they take
 _SMALLEST_BATCH_TOKENS = 256
-_POOL_BATCHES = 64  # data.batching's
 _MOST_DOCUMENTS = 100_000
 
 
@@ -128,8 +127,7 @@ def draw_lengths(data: DataStatistics, recipe: TrainRecipe, steps: int) -> NDArr
     set's longest one is among them."""
     tokens, counts = zip(*(data.lengths or ((round(data.mean_tokens), 1),)), strict=True)
     per_batch = recipe.global_batch_size or (recipe.global_batch_tokens or 1) / data.mean_tokens
-    # As many batches as are sorted by length together, so that padding is as usual.
-    needed = max(_POOL_BATCHES, steps) * max(1.0, per_batch)
+    needed = steps * max(1.0, per_batch)
     shares = np.array(counts) / sum(counts)
     drawn = np.random.default_rng(recipe.seed).choice(
         tokens, size=int(min(needed, _MOST_DOCUMENTS)) + 1, p=shares
