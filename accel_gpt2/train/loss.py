@@ -130,16 +130,9 @@ def _halves(matrix: Tensor, order: tuple[int, ...]) -> Tensor:
     Together they have 22 of fp32's 24 bits. No number here is too large for fp16: what the last
     norm lets through is at most the root of the width, times its gain.
     """
-    width = matrix.shape[1]
-    halves = matrix.new_empty(len(matrix), len(order) * width, dtype=torch.float16)
-    places = [halves[:, place * width :][:, :width] for place in range(len(order))]
-    high, low = places[order.index(0)], places[order.index(1)]
-    high.copy_(matrix)
-    low.copy_(matrix - high)
-    for place, half in zip(places, order, strict=True):
-        if place is not high and place is not low:
-            place.copy_(low if half else high)
-    return halves
+    high = matrix.half()
+    low = (matrix - high).half()
+    return torch.cat([low if half else high for half in order], dim=1)
 
 
 def _multiply_halves(left: Tensor, right: Tensor, product: Tensor) -> None:
