@@ -27,6 +27,7 @@ import torch
 from gpu_options import gpu_options, is_there
 from numpy.typing import NDArray
 from results import Page, say
+from token_documents import Documents
 
 from accel_gpt2.catalog.datasets import DATASETS
 from accel_gpt2.catalog.models import MODELS
@@ -41,20 +42,6 @@ from accel_gpt2.units import MIB
 _LARGEST_DIFFERENCE = 1e-6  # of a document's score, relative
 _NAIVE_DOCUMENTS = 32
 _LONGEST = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Documents:
-    """BOS, tokens, EOS each."""
-
-    token_ids: Sequence[NDArray[np.int64]]
-
-    @property
-    def lengths(self) -> NDArray[Any]:
-        return np.array([len(ids) for ids in self.token_ids])
-
-    def document(self, index: int) -> NDArray[Any]:
-        return self.token_ids[index]
 
 
 def main() -> int:

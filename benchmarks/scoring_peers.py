@@ -24,10 +24,9 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from results import Page
+from token_documents import Documents
 from torch import Tensor
 
 from accel_gpt2.catalog.datasets import DATASETS
@@ -55,20 +55,6 @@ OURS, NAIVE, NAIVE_FUSED, BATCHES, LM_EVAL, PRODUCTS = (
     "lm-eval, loglikelihood",
     "products",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Documents:
-    """BOS, tokens, EOS each."""
-
-    token_ids: Sequence[NDArray[np.int64]]
-
-    @property
-    def lengths(self) -> NDArray[Any]:
-        return np.array([len(ids) for ids in self.token_ids])
-
-    def document(self, index: int) -> NDArray[Any]:
-        return self.token_ids[index]
 
 
 Score = Callable[[Documents], NDArray[np.float64]]
