@@ -280,6 +280,16 @@ def test_the_machine_without_a_gpu() -> None:
     assert plan.verdict == "fits"
 
 
+def test_scores_by_halves_take_memory_where_they_are_made() -> None:
+    """On an A100, not on an RTX 4090: two fp16 numbers, one of them twice, of each hidden one."""
+    recipe = TrainRecipe(mixed_precision="bf16", micro_batch_tokens=2048)
+    scored = [
+        _bytes(_plan(recipe, profile=PROFILES[name]), "evaluation", "scoring")
+        for name in ("rtx4090", "a100-40")
+    ]
+    assert scored[1] - scored[0] == 14 * 2048 * _shape().n_embd
+
+
 def test_advice_is_about_what_is_largest() -> None:
     """What a person is told to change is in the peak phase, and changing it lowers the peak."""
     recipe = TrainRecipe(mixed_precision="bf16", micro_batch_tokens=16384)
