@@ -11,8 +11,8 @@ from accel_gpt2.units import MIB
 _MEMORY_TOLERANCE = 0.1
 
 # Compute capabilities of GPUs on which three fp16 products with fp32 sums are faster than one in
-# fp32: V100, T4, A100, H100 and H200, B200, whose fp16 has eight and more times the rate of fp32.
-# On the other rows it has four times at most.
+# fp32: V100, T4, A100, H100 and H200, B200, whose fp16 has about eight times the rate of fp32 or
+# more. On the other rows it has four times at most.
 FAST_HALVES = ((7, 0), (7, 5), (8, 0), (9, 0), (10, 0))
 
 
